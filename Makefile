@@ -1,0 +1,23 @@
+# make demo   the whole method on drawn shapes, on a CPU, with pictures
+# make test   the test suite
+# Both set up what they need first: Python packages in .venv, once. PYTHON=... chooses the interpreter (3.11 or later).
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install
+
+demo: .venv/installed
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
+
+test: .venv/installed
+	.venv/bin/python -m pytest tests
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed, this is ' + sys.version)"
+	$(PYTHON) -m venv .venv
+	$(PIP) "$$(grep '^torch==' requirements.txt)"
+	$(PIP) -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs/demo data/shapes
+
+.PHONY: demo test clean

@@ -1,0 +1,288 @@
+"""Stage 1: images -> features -> k-means -> K partitions of the data, each a folder of tar shards.
+
+    python cluster.py --data 'data/shapes/*.tar' --run runs/demo --config configs/demo.toml
+    torchrun --nproc_per_node=8 cluster.py --data 'data/laion/*.tar' --run runs/laion --config configs/laion.toml --experts 8
+
+reads   the tars, as img2dataset writes them (data.py)
+writes  RUN/config.toml                the experiment: --config with the flags over it; later stages read it
+        RUN/features/NAME.safetensors  a feature vector for each usable sample of NAME.tar
+        RUN/clusters.safetensors       fine and coarse centroids, counts; its fingerprint names this clustering
+        RUN/shards/K/NAME.tar          the samples of NAME.tar in cluster K, byte for byte
+        RUN/shards/router/NAME.tar     a uniform subset, each sample with its KEY.cluster
+        RUN/clusters.png               some images of each cluster
+
+As in the paper (section 4.1): features to `fine` centroids by k-means, those to K coarse ones by k-means again, each image to
+the nearest coarse centroid. Run again, it goes on where it stopped. Data and seed determine the partition, whatever the ranks.
+Memory is bounded by the k-means sample (256 images a fine centroid) and by one tar's features a rank.
+"""
+import collections
+import contextlib
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+
+import faiss
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, make_config, make_parser, parse, progress,
+                    read_toml, script, start, sum_over_ranks, write_toml)
+from data import BadSample, TarWriter, check_condition, decode, mix, permute, picture_grid, scan_tar, square
+
+SAMPLE = 256        # images a fine centroid that k-means sees, as in faiss
+PIXELS = "pixels: square roots of a 4x4x4 RGB histogram, and an 8x8 thumbnail"
+
+
+# ---- features -----------------------------------------------------------------------------------------------------
+
+def pixel_features(images):
+    """PIL images -> [n, 256] float32: which colours there are (a histogram), and where (a thumbnail)."""
+    rows = []
+    for image in images:
+        bins = (square(image, 32) // 64).reshape(-1, 3) @ np.array([16, 4, 1], np.uint8)
+        histogram = np.sqrt(np.bincount(bins, minlength=64) / len(bins))                # of norm 1, as the thumbnail at most
+        rows.append(np.concatenate([histogram, square(image, 8).reshape(-1) / (255 * 192 ** 0.5)]))
+    return np.asarray(rows, np.float32).reshape(-1, 256)
+
+
+def extractor(config):
+    """-> (function from PIL images to features [n,D], a line that describes it and its preprocessing)."""
+    return {"pixels": (pixel_features, PIXELS)}[config.features.name]
+
+
+def extract(path, target, config):
+    """Writes `target`: features [n,D] f16 of the usable samples of one tar, in its order, and where each sample's bytes are."""
+    function, description = extractor(config)
+    identity = {"extractor": description, "bytes": os.path.getsize(path), "condition": config.data.condition, "classes": config.data.classes}
+    try:
+        with safe_open(target, framework="np") as f:
+            if json.loads(f.metadata()["nanoddm"])["identity"] == identity:
+                return
+    except (OSError, SafetensorError):
+        pass    # not there yet, or damaged: made again
+    features, places, images, bad = [], [], [], collections.Counter()
+    with open(path, "rb") as f:
+        for sample in scan_tar(path):
+            try:
+                members = {role: _read(f, *sample.members[role]) for role in ("image", "txt", "cls") if role in sample.members}
+                check_condition(members, config.data.condition, config.data.classes)
+                if "image" not in members:
+                    raise BadSample("no image")
+                images.append(decode(members["image"], 64))
+                places.append((sample.start, sample.end - sample.start))
+            except BadSample as error:
+                bad[str(error)] += 1
+            if len(images) == 256:
+                features.append(function(images))
+                images = []
+    features = np.concatenate(features + [function(images)]).astype(np.float16)
+    offsets, lengths = np.array(places, np.int64).reshape(-1, 2).T.copy()
+    with atomic(target) as temporary:
+        save_file({"features": features, "offsets": offsets, "lengths": lengths}, temporary,
+                  metadata={"nanoddm": json.dumps({"identity": identity, "images": len(features), "bad": bad}, sort_keys=True)})
+
+
+def _read(file, offset, size):
+    file.seek(offset)
+    return file.read(size)
+
+
+def read_metadata(path):
+    with safe_open(path, framework="np") as f:
+        return json.loads(f.metadata()["nanoddm"])
+
+
+# ---- clusters -----------------------------------------------------------------------------------------------------
+
+def k_means(points, k, seed):
+    """-> centroids [k,D] float32. One thread: faiss's sums depend on how many there are, torchrun's ranks get one each."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    kmeans = faiss.Kmeans(points.shape[1], k, niter=20, nredo=3 if len(points) < 100_000 else 1, seed=seed,
+                          min_points_per_centroid=1, max_points_per_centroid=len(points))
+    kmeans.train(points)
+    faiss.omp_set_num_threads(threads)
+    return kmeans.centroids
+
+
+def nearest(points, centroids):
+    """Number of the centroid nearest to each point [n], in float64: no rounding that differs between machines decides."""
+    points, centroids = points.astype(np.float64), centroids.astype(np.float64)
+    return ((centroids ** 2).sum(1) - 2 * points @ centroids.T).argmin(1)
+
+
+def find_centroids(files, counts, config):
+    """k-means twice, on a uniform sample of the features -> {fine_centroids, coarse_centroids, fine_to_coarse}."""
+    K, seed, total = config.cluster.experts, config.cluster.seed, sum(counts)
+    fine = min(config.cluster.fine, total // 39)
+    if K > fine:
+        raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {config.cluster.fine}, at most a 39th "
+                        f"of the {total} usable images): fewer --experts, or more data")
+    wanted, first, points = min(total, SAMPLE * fine), 0, []
+    for file, n in zip(files, counts):
+        rows = [i for i in range(n) if permute(first + i, total, seed, 1) < wanted]
+        points.append(load_file(file)["features"][rows].astype(np.float32))
+        first += n
+    fine_centroids = k_means(np.concatenate(points), fine, seed)
+    coarse_centroids = k_means(fine_centroids, K, seed)
+    return {"fine_centroids": fine_centroids, "coarse_centroids": coarse_centroids,
+            "fine_to_coarse": nearest(fine_centroids, coarse_centroids).astype(np.int64)}
+
+
+def assign(features, name, clusters, config):
+    """The cluster of each sample [n] of tar `name`."""
+    K, rule = config.cluster.experts, config.cluster.assign
+    if rule == "random":
+        tar = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+        return np.array([mix(config.cluster.seed, tar, i) % K for i in range(len(features))], np.int64)
+    if rule == "fine":
+        return clusters["fine_to_coarse"][nearest(features, clusters["fine_centroids"])]
+    return nearest(features, clusters["coarse_centroids"])
+
+
+def fingerprint(clusters, config, description):
+    """Names a clustering: whatever is trained on its shards carries this. Counts are left out, they grow when data is added."""
+    digest = hashlib.sha256(json.dumps([config.cluster.assign, config.cluster.seed, description]).encode())
+    for name in ("fine_centroids", "coarse_centroids", "fine_to_coarse"):
+        digest.update(np.ascontiguousarray(clusters[name]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- partition ----------------------------------------------------------------------------------------------------
+
+def partition(path, name, run, features_file, labels, first, total, config):
+    """Copies the samples of one tar to the shards of their clusters, and those of the router's subset there, too.
+
+    The subset: sample i of all is in it if a permutation of 0..total-1 takes i below router_images. Uniform, and no list of it.
+    """
+    targets = [os.path.join(run, "shards", str(k), f"{name}.tar") for k in [*range(config.cluster.experts), "router"]]
+    if all(map(os.path.exists, targets)):
+        return
+    table = load_file(features_file)
+    with contextlib.ExitStack() as stack:       # a shard appears when it is whole
+        file = stack.enter_context(open(path, "rb"))
+        writers = [stack.enter_context(TarWriter(target)) for target in targets]
+        for i, (offset, length, k) in enumerate(zip(table["offsets"].tolist(), table["lengths"].tolist(), labels.tolist())):
+            blocks = _read(file, offset, length)
+            writers[k].add_raw(blocks)
+            if permute(first + i, total, config.cluster.seed, 2) < config.cluster.router_images:
+                with tarfile.open(fileobj=io.BytesIO(blocks)) as tar:
+                    key = tar.next().name.rpartition("/")
+                writers[-1].add_raw(blocks)
+                writers[-1].add(f"{key[0]}{key[1]}{key[2].partition('.')[0]}.cluster", str(k).encode())
+
+
+def contact_sheet(run, counts):
+    """RUN/clusters.png: twelve images of each cluster, from as many of its tars as there are."""
+    rows = []
+    for k in range(len(counts)):
+        tars, row = sorted(glob.glob(os.path.join(glob.escape(run), "shards", str(k), "*.tar"))), []
+        for path in tars[::max(1, len(tars) // 12)]:
+            with open(path, "rb") as f:
+                for sample in itertools.islice(scan_tar(path), -(-12 // len(tars))):
+                    row.append(square(decode(_read(f, *sample.members["image"]), 64), 64))
+        rows.append(row[:12])
+    captions = [f"{k}: {n:,} ({n / sum(counts):.1%})" for k, n in enumerate(counts)]
+    with atomic(os.path.join(run, "clusters.png")) as temporary:
+        picture_grid(rows, captions).save(temporary, "PNG")
+
+
+# ---- the stage ----------------------------------------------------------------------------------------------------
+
+def find_tars(patterns):
+    """{name: path} of the tars that the patterns match, sorted by name."""
+    tars = {}
+    for path in sorted({p for pattern in patterns for p in glob.glob(os.path.expanduser(pattern)) if p.endswith(".tar")}):
+        name = os.path.basename(path)[:-4]
+        if name in tars:
+            raise UserError(f"two tars are named {name}.tar: {tars[name]} and {path}; shards are named after them, so rename one")
+        tars[name] = path
+    if not tars:
+        raise UserError(f"no tar matches --data {' '.join(patterns)}")
+    return dict(sorted(tars.items()))
+
+
+def choose_config(args, given):
+    """The run's config: from --config and flags, or what an earlier call wrote. UserError if the two differ."""
+    path = os.path.join(args.run, "config.toml")
+    config = make_config(read_toml(args.config) if args.config else {}, given)
+    if not os.path.exists(path):
+        return config
+    old = make_config(read_toml(path))
+    if (args.config or given) and flat(config) != flat(old):
+        raise UserError(f"{args.run} was made with another config (there / now: {differences(flat(old), flat(config))}): "
+                        f"use another --run, or leave --config and these flags out")
+    return old
+
+
+def main():
+    parser = make_parser(__doc__, CONFIG)
+    parser.add_argument("--data", nargs="+", required=True, metavar="GLOB", help="the input tars")
+    parser.add_argument("--config", default="", metavar="TOML", help="the experiment, see configs/ (default: every key's default)")
+    parser.add_argument("--experts", dest="cluster.experts", metavar="K", help="the same as --cluster.experts")
+    args, given = parse(parser)
+    tars = find_tars(args.data)
+    config = choose_config(args, given)
+    K, description = config.cluster.experts, extractor(config)[1]
+    if K < 1:
+        raise UserError(f"cluster.experts = {K} must be at least 1")
+    inputs = hashlib.sha256(json.dumps([(n, os.path.getsize(p)) for n, p in tars.items()]).encode()).hexdigest()[:16]
+    clusters_file = os.path.join(args.run, "clusters.safetensors")
+    if os.path.exists(clusters_file):
+        old = read_metadata(clusters_file)
+        if old["inputs"] != inputs:
+            raise UserError(f"{args.run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another --run")
+    elif glob.glob(os.path.join(glob.escape(args.run), "shards", "*", "*.tar")):
+        raise UserError(f"{args.run}/shards holds a partition, but {clusters_file} is missing: delete {args.run}/shards to make it anew")
+
+    ranks = start(args.device)
+    names = list(tars)
+    mine = names[ranks.rank::ranks.world]
+    features = {name: os.path.join(args.run, "features", f"{name}.safetensors") for name in names}
+    for name in progress(mine, desc="features, tars"):
+        extract(tars[name], features[name], config)
+    barrier()
+
+    about = [read_metadata(features[name]) for name in names]
+    counts = [a["images"] for a in about]
+    bad = sum((collections.Counter(a["bad"]) for a in about), collections.Counter())
+    if ranks.rank == 0:
+        print(f"{sum(counts)} images in {len(names)} tars" + "".join(f"; {n} skipped: {cause}" for cause, n in sorted(bad.items())), flush=True)
+    if os.path.exists(clusters_file):
+        clusters = load_file(clusters_file)
+    else:
+        clusters = broadcast(find_centroids([features[n] for n in names], counts, config) if ranks.rank == 0 else None)
+    first = dict(zip(names, np.cumsum([0, *counts]).tolist()))
+    labels = {name: assign(load_file(features[name])["features"], name, clusters, config) for name in mine}
+    sizes = sum((np.bincount(ks, minlength=K) for ks in labels.values()), np.zeros(K, np.int64))
+    sizes = sum_over_ranks(torch.from_numpy(sizes)).tolist()
+    if 0 in sizes:
+        raise UserError(f"cluster {sizes.index(0)} of {K} is empty: fewer --experts, or another --cluster.seed")
+    mark = fingerprint(clusters, config, description)
+    if ranks.rank == 0:     # only now: a call that failed above leaves no config behind that the next one would have to match
+        write_toml(config, os.path.join(args.run, "config.toml"))
+        with atomic(clusters_file) as temporary:
+            metadata = {"fingerprint": mark, "extractor": description, "seed": config.cluster.seed, "assign": config.cluster.assign,
+                        "inputs": inputs, "tars": len(tars)}
+            save_file(clusters | {"counts": np.array(sizes, np.int64)}, temporary, metadata={"nanoddm": json.dumps(metadata, sort_keys=True)})
+    barrier()
+
+    for name in progress(mine, desc="partition, tars"):
+        partition(tars[name], name, args.run, features[name], labels[name], first[name], sum(counts), config)
+    barrier()
+    if ranks.rank == 0:
+        contact_sheet(args.run, sizes)
+        print(f"\ncluster   images   share      fingerprint {mark}")
+        for k, n in enumerate(sizes):
+            print(f"{k:7d} {n:8d}   {n / sum(sizes):5.1%}   {'#' * round(50 * n / max(sizes))}")
+        print(f"router  {min(sum(counts), config.cluster.router_images):8d}")
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,314 @@
+"""What every stage shares: config.toml and flags, one-line errors, ranks and devices, progress, safe writes.
+
+An experiment is one TOML file of flat tables. CONFIG below lists every key with its default and meaning; configs/demo.toml
+shows them in use. On the command line a key is `--table.key VALUE`. Nothing is ignored: an unknown key or flag is an error.
+"""
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import sys
+import tomllib
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+# table -> key -> (default, meaning[, the values allowed])
+CONFIG = {
+    "data": {
+        "size": (32, "pixels of the square training picture"),
+        "condition": ("text", "what the model is conditioned on", ("none", "class", "text")),
+        "classes": (1000, "number of classes, for condition = class"),
+        "drop": (0.1, "share of samples whose condition is dropped, in router and experts alike (for guidance)"),
+        "crop": ("center", "which square of a picture that is not one", ("center", "random")),
+        "flip": (True, "mirror half of the pictures"),
+        "run": (1, "consecutive samples read together; 1 is the exact shuffle, larger suits network file systems"),
+        "workers": (-1, "decoding processes a rank; 0: none, -1: the cores left over, at most 8"),
+        "max_bad": (0.1, "share of unreadable samples above which training stops"),
+    },
+    "features": {
+        "name": ("pixels", "what images are clustered by; pixels: thumbnail and colours, no network", ("pixels",)),
+    },
+    "cluster": {
+        "experts": (8, "number of clusters K, and so of experts"),
+        "fine": (1024, "fine centroids, at most a 39th of the images"),
+        "assign": ("coarse", "an image's cluster: of the nearest coarse centroid, of the nearest fine one, or random (a control)",
+                   ("coarse", "fine", "random")),
+        "seed": (0, "seed of k-means, of the random assignment and of the router's subset"),
+        "router_images": (2_000_000, "images that the router trains on, at most"),
+    },
+    "autoencoder": {
+        "name": ("", "empty: the model sees pixels", ("",)),
+    },
+    "text": {
+        "name": ("words", "words: an embedding of hashed words, learned inside the model", ("words",)),
+        "length": (77, "words a caption, at most"),
+        "vocab": (16384, "rows of the table that words are hashed to"),
+    },
+    "model": {
+        "preset": ("DiT-S/2", "DiT-{S,B,L,XL}/{2,4,8}, or tiny/2, mini/2 for a CPU"),
+        "dim": (0, "hidden width (0: the preset's)"),
+        "depth": (0, "number of blocks (0: the preset's)"),
+        "heads": (0, "attention heads (0: the preset's)"),
+        "patch": (0, "side of a patch (0: the preset's)"),
+    },
+    "router": {
+        "preset": ("DiT-S/4", "as in [model]"),
+        "dim": (0, "as in [model]"),
+        "depth": (0, "as in [model]"),
+        "heads": (0, "as in [model]"),
+        "patch": (0, "as in [model]"),
+    },
+    "flow": {
+        "objective": ("velocity", "what an expert predicts", ("velocity", "x0", "eps")),
+        "time": ("uniform", "density of t when an expert trains (the router's is uniform always)", ("uniform", "logit-normal")),
+        "shift": (1.0, "t' = shift t / (1 + (shift - 1) t), when an expert trains and when sampling"),
+    },
+    "train": {
+        "steps": (100_000, "optimiser steps"),
+        "batch": (256, "images a step of the whole ensemble: an expert takes batch / experts, the monolith and the router batch"),
+        "micro_batch": (0, "images a forward pass on each rank (0: all of the rank's at once)"),
+        "lr": (1e-4, "AdamW's learning rate"),
+        "warmup": (0, "steps of linear warm-up"),
+        "decay": (0, "last steps, in which the learning rate falls linearly to zero"),
+        "weight_decay": (0.0, "AdamW's weight decay"),
+        "clip": (1.0, "largest norm of the gradient (0: not clipped)"),
+        "ema": (0.9999, "decay of the averaged weights; min(ema, (1 + n) / (10 + n)) after n steps"),
+        "precision": ("auto", "auto: bf16 autocast on a GPU, fp32 on a CPU", ("auto", "bf16", "fp32")),
+        "export": ("fp32", "dtype of the exported weights", ("fp32", "bf16")),
+        "seed": (0, "seed of the initial weights, the order of the data and the noise"),
+        "save_every": (1000, "steps between checkpoints"),
+        "sample_every": (0, "steps between sample grids of an expert (0: none but the last)"),
+        "log_every": (50, "steps between rows of the log"),
+    },
+    "train.router": {},     # what differs from [train] when the router trains; filled in below
+    "sample": {
+        "steps": (50, "steps of the solver"),
+        "cfg": (4.0, "guidance scale w in v_u + w (v_c - v_u); 1: none"),
+        "strategy": ("top-1", "top-K, full or once: which experts make a step"),
+        "solver": ("euler", "euler (one forward a step) or heun (two)", ("euler", "heun")),
+    },
+}
+CONFIG["train.router"] = {key: (None, f"{entry[1]} ([train]'s if not given)", *entry[2:]) for key, entry in CONFIG["train"].items()}
+CONFIG["train.router"]["steps"] = (0, "optimiser steps (0: so many that the router costs 4% of the training FLOPs)")
+
+
+class UserError(Exception):
+    """Something the user got wrong: one line that names it, both values and the remedy."""
+
+
+def script(main):
+    """Runs a stage's main(); a UserError becomes one line on stderr, from rank 0 alone, and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- config.toml and flags ----------------------------------------------------------------------------------------
+
+def _nearest(word, words):
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _checked(name, value, entry):
+    """value of config key `name`, as the type of its default; UserError if it is another type or not among the choices."""
+    default, choices = entry[0], entry[2] if len(entry) > 2 else None
+    if default is None:     # a key of [train.router]
+        default = CONFIG["train"][name.rsplit(".", 1)[1]][0]
+    if isinstance(value, str) and not isinstance(default, str):     # from the command line
+        try:
+            value = {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)
+        except (KeyError, ValueError):
+            raise UserError(f"{name} = {value!r} is not a {type(default).__name__}") from None
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise UserError(f"{name} = {value!r} is not a {type(default).__name__}")
+    if choices and value not in choices:
+        raise UserError(f"{name} = {value!r} is not one of {', '.join(repr(c) for c in choices)}")
+    return value
+
+
+def read_toml(path):
+    """-> {"table.key": value} of one config file; UserError on an unknown table or key, or a wrong type."""
+    try:
+        with open(path, "rb") as f:
+            tables = tomllib.load(f)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"cannot read config {path}: {error}") from None
+    values = {}
+
+    def walk(table, prefix):
+        for key, value in table.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                if name not in CONFIG:
+                    raise UserError(f"{path}: unknown table [{name}]{_nearest(name, CONFIG)}")
+                walk(value, f"{name}.")
+                continue
+            keys = CONFIG.get(prefix[:-1], {})
+            if key not in keys:
+                raise UserError(f"{path}: unknown key {name}{_nearest(name, [f'{t}.{k}' for t in CONFIG for k in CONFIG[t]])}")
+            values[name] = _checked(name, value, keys[key])
+
+    walk(tables, "")
+    return values
+
+
+def make_config(*layers):
+    """Defaults, then each layer of {"table.key": value} over the ones before -> namespaces: config.data.size."""
+    config = SimpleNamespace(**{t.replace(".", "_"): SimpleNamespace(**{k: e[0] for k, e in keys.items()}) for t, keys in CONFIG.items()})
+    for layer in layers:
+        for name, value in layer.items():
+            table, key = name.rsplit(".", 1)
+            setattr(getattr(config, table.replace(".", "_")), key, value)
+    return config
+
+
+def flat(config):
+    """A config as {"table.key": value}, keys of [train.router] only where they are set."""
+    values = {f"{t}.{k}": getattr(getattr(config, t.replace(".", "_")), k) for t in CONFIG for k in CONFIG[t]}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def write_toml(config, path):
+    with atomic(path) as temporary, open(temporary, "w") as f:
+        values = flat(config)
+        for table, keys in CONFIG.items():
+            f.write(f"[{table}]\n")
+            f.writelines(f"{k} = {json.dumps(values[f'{table}.{k}'], ensure_ascii=False)}\n" for k in keys if f"{table}.{k}" in values)
+            f.write("\n")
+
+
+def differences(old, new):
+    """The keys in which two {"table.key": value} differ, as 'data.size 32 / 64, ...'."""
+    return ", ".join(f"{k} {old.get(k)!r} / {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def make_parser(doc, tables, run=True):
+    """A parser with --run, --device and a flag for each key of the config's `tables`; its help is the script's docstring."""
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    if run:
+        parser.add_argument("--run", default="runs/ddm", metavar="DIR", help="the run's folder (default: runs/ddm)")
+        parser.add_argument("--device", default="", help="cpu | cuda | cuda:1 (default: the best there is)")
+    for table in tables:
+        group = parser.add_argument_group(f"[{table}]")
+        for key, (default, meaning, *choices) in CONFIG[table].items():
+            allowed = f" {' | '.join(c or repr(c) for c in choices[0])}" if choices else ""
+            shown = "" if default is None else f" (default: {default!r})"
+            group.add_argument(f"--{table}.{key}", metavar="X", help=f"{meaning}{allowed}{shown}".replace("%", "%%"))
+    return parser
+
+
+def parse(parser, argv=None):
+    """-> (args, {"table.key": value} of the config flags given). UserError names the nearest flag to an unknown one."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument {flag}{_nearest(flag, parser._option_string_actions)}")
+    given = {n: _checked(n, v, CONFIG[n.rsplit(".", 1)[0]][n.rsplit(".", 1)[1]])
+             for n, v in vars(args).items() if "." in n and v is not None}
+    return args, given
+
+
+def load_run(run, given):
+    """The config that cluster.py wrote into the run, with the flags given over it."""
+    path = os.path.join(run, "config.toml")
+    if not os.path.exists(path):
+        raise UserError(f"no run at {run} ({path} is missing): make it with cluster.py --run {run} --data ...")
+    return make_config(read_toml(path), given)
+
+
+# ---- ranks and devices --------------------------------------------------------------------------------------------
+
+def start(device=""):
+    """Joins torchrun's process group, if there is one. -> namespace of rank, world, device (torch.device).
+
+    One code path for plain python, one GPU and many: without torchrun rank is 0 and world is 1.
+    """
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if not device:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local}"
+    try:
+        device = torch.device(device)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return SimpleNamespace(rank=int(os.environ.get("RANK", 0)), world=world, device=device)
+
+
+def sum_over_ranks(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(value):
+    """rank 0's value, on all ranks."""
+    if dist.is_initialized():
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+    return value
+
+
+def barrier():
+    if dist.is_initialized():
+        sum_over_ranks(torch.zeros(1))   # through gloo: no GPU is touched
+
+
+# ---- progress and files -------------------------------------------------------------------------------------------
+
+class _Lines:
+    """A stderr for tqdm that is not a terminal: whole lines instead of a bar that redraws itself."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(iterable=None, **options):
+    """tqdm on a terminal, from rank 0 alone; in a log, a plain line every 15 seconds."""
+    options["disable"] = os.environ.get("RANK", "0") != "0"
+    if not sys.stderr.isatty():
+        options |= {"file": _Lines(), "mininterval": 15, "ascii": True, "ncols": 100,
+                    "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"}
+    return tqdm(iterable, **options)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a name beside `path` to write to; renames it into place at the end, so that no half-written file is ever seen."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

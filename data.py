@@ -1,0 +1,386 @@
+"""Tar shards in and out, and the embedded demo set.
+
+    python data.py --out data/shapes --images 6000 --size 16      # draws captioned coloured shapes
+
+A shard is a tar as img2dataset writes it: the members of one sample stand together and share the name up to the first dot,
+KEY.jpg|png|webp, KEY.txt (caption), KEY.json, KEY.cls (class number). TarDataset indexes each tar once (KEY offsets, kept
+beside it as NAME.tar.idx, memory-mapped) and then reads any sample by its position, so that
+
+    position -> sample       is a stateless shuffle: every sample once an epoch, over any number of ranks and workers,
+    position -> randomness   (crop, mirror, t, noise, dropped condition) is a generator seeded by (seed, position),
+
+and a resume is just a first position. A sample that cannot be read is counted and its slot filled by another one.
+"""
+import bisect
+import collections
+import io
+import os
+import sys
+import tarfile
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from common import UserError, atomic, make_parser, parse, progress, script
+
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp")
+ROLES = ("image", "txt", "cls", "cluster")      # the members of a sample that training reads
+INDEX_VERSION = 1
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; the message is the cause."""
+
+
+# ---- tars ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Sample:
+    key: str
+    start: int                                      # its members' bytes in the tar, headers and padding included
+    end: int = 0
+    members: dict = field(default_factory=dict)     # role or extension -> (offset, size) of the payload
+
+
+def scan_tar(path):
+    """Yields the Samples of a tar in its order, reading headers only. A tar that is cut short gives its whole samples and a warning."""
+    sample, torn = None, "it does not end as a tar does"
+    size = os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []        # tarfile would keep them all
+                if not member.isfile():
+                    continue
+                folder, name = os.path.split(member.name)
+                stem, _, extension = name.partition(".")
+                key, extension = os.path.join(folder, stem), extension.lower()
+                if sample is None or sample.key != key:
+                    if sample is not None:
+                        yield sample
+                    sample = Sample(key, start=member.offset)
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError("a member is cut off")
+                sample.members["image" if extension in IMAGE_TYPES else extension] = (member.offset_data, member.size)
+                sample.end = member.offset_data + -(-member.size // 512) * 512
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512).count(0) == 512 or size == 0:
+                torn = ""
+    except (tarfile.TarError, OSError) as error:
+        torn = str(error)
+    if torn:    # the last sample may lack members: not whole
+        print(f"warning: {path}: {torn}; its whole samples are used", file=sys.stderr)
+    elif sample is not None:
+        yield sample
+
+
+class TarWriter:
+    """Writes a tar beside its place and renames it there on a clean exit. Members are written as they are: no times, no owners."""
+
+    def __init__(self, path):
+        self._atomic = atomic(path)
+
+    def __enter__(self):
+        self.file = open(self._atomic.__enter__(), "wb")
+        return self
+
+    def __exit__(self, *error):
+        if error[0] is None:
+            self.file.write(bytes(1024))    # a tar ends in two empty blocks
+        self.file.close()
+        self._atomic.__exit__(*error)
+
+    def add(self, name, payload):
+        info = tarfile.TarInfo(name)
+        info.size = len(payload)
+        self.add_raw(info.tobuf(tarfile.PAX_FORMAT) + payload)
+
+    def add_raw(self, blocks):
+        """Headers and payloads copied from another tar."""
+        self.file.write(blocks + bytes(-len(blocks) % 512))
+
+
+def index_tar(path):
+    """[n, 2 * len(ROLES)] int64: offset and size of each sample's image, caption, class and cluster; -1 where there is none.
+
+    Made once and kept beside the tar, as long as the tar's size and date stay; memory-mapped, so that all workers share it.
+    """
+    stat, file, width = os.stat(path), f"{path}.idx", 2 * len(ROLES)
+    head = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns] + [0] * (width - 3), np.int64)
+    if os.path.exists(file) and (rows := os.path.getsize(file) // (8 * width)):
+        # torch maps a file without keeping it open: a run may have more tars than a process may have files
+        table = torch.from_file(file, size=rows * width, dtype=torch.int64).numpy().reshape(rows, width)
+        if np.array_equal(table[0], head):
+            return table[1:]
+    rows = [[x for role in ROLES for x in s.members.get(role, (-1, -1))] for s in scan_tar(path)]
+    table = np.array(rows, np.int64).reshape(-1, width)
+    try:
+        with atomic(file) as temporary:
+            np.concatenate([head[None], table]).tofile(temporary)
+    except OSError:
+        pass    # a read-only folder: indexed again next time
+    return table
+
+
+# ---- images -------------------------------------------------------------------------------------------------------
+
+def decode(payload, least=0):
+    """Bytes of a picture -> PIL image, RGB, upright, transparency on white. BadSample if it cannot be decoded.
+
+    least: a JPEG may be decoded at a fraction of its size, as long as its sides stay this long.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(payload))
+            if least:
+                image.draft("RGB", (least, least))
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:      # Pillow's decoders raise whatever they like
+        raise BadSample(f"undecodable ({type(error).__name__})") from None
+
+
+def square(image, size, where=(0.5, 0.5), mirror=False):
+    """The square of a PIL image at `where` (0..1 in x and y; the middle by default), resized -> [size,size,3] uint8."""
+    side = min(image.size)
+    left, top = (image.width - side) * where[0], (image.height - side) * where[1]
+    image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image)
+
+
+def check_condition(members, condition, classes=0):
+    """The condition of a sample from its members {role: bytes}: None, a class number or a caption. BadSample if it is missing."""
+    if condition == "class":
+        try:
+            label = int(members.get("cls", b""))
+        except ValueError:
+            raise BadSample("no class") from None
+        if not 0 <= label < classes:
+            raise BadSample(f"class outside data.classes = {classes}")
+        return label
+    if condition == "text":
+        caption = members.get("txt", b"").decode(errors="replace").strip()
+        if not caption:
+            raise BadSample("no caption")
+        return caption
+    return None
+
+
+def to_float(x):
+    """uint8 pictures [B,H,W,3] -> [B,3,H,W] float32 in [-1,1]."""
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """[B,3,H,W] in [-1,1] -> uint8 [B,H,W,3]."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+# ---- a stateless shuffle ------------------------------------------------------------------------------------------
+
+def mix(*numbers):
+    """Any integers -> 64 well-mixed bits (the finaliser of splitmix64, chained)."""
+    z = 0
+    for number in numbers:
+        z = (z + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        z ^= z >> 31
+    return z
+
+
+def permute(i, n, *key):
+    """i -> a permutation of 0..n-1, chosen by key: a Feistel network on the smallest 2^b >= n, walked until it lands below n.
+
+    Takes no memory: eight ranks with sixteen workers each shuffle a billion samples without an array of them.
+    """
+    bits = max(2, (n - 1).bit_length())
+    low = bits // 2
+    mask_low, mask_high = (1 << low) - 1, (1 << bits - low) - 1
+    key = mix(*key)
+    while True:
+        high, rest = i >> low, i & mask_low
+        for r in range(0, 8, 2):
+            high ^= mix(key, r, rest) & mask_high
+            rest ^= mix(key, r + 1, high) & mask_low
+        i = high << low | rest
+        if i < n:
+            return i
+
+
+class TarDataset(torch.utils.data.Dataset):
+    """Samples of a list of tars by *position* in an endless shuffled stream: position // len is the epoch.
+
+    encode(condition) turns a caption or class number into a tensor. Items are dicts of
+        x        [S,S,3] uint8          the picture
+        c        tensor                 its condition (an empty tensor for none)
+        k        int64                  its cluster (KEY.cluster; -1 without)
+        u, drop  float32                uniform on (0,1): the time, and whether to drop the condition
+        eps      noise_shape float32    N(0, I)
+        bad      list of str            the samples that could not be read and which this one replaces
+    """
+
+    def __init__(self, tars, size, condition="none", encode=None, classes=0, seed=0, crop="center", flip=False, run=1,
+                 noise_shape=None, clusters=False):
+        self.tars, self.size, self.condition, self.classes, self.seed = list(tars), size, condition, classes, seed
+        self.encode = encode or (lambda value: torch.tensor([] if value is None else value))
+        self.crop, self.flip, self.run, self.clusters = crop, flip, max(1, run), clusters
+        self.noise_shape = noise_shape or (3, size, size)
+        self.index = [index_tar(path) for path in self.tars]
+        self.ends = np.cumsum([len(rows) for rows in self.index]).tolist()
+        self.files = collections.OrderedDict()      # open tars, the latest last
+
+    def __len__(self):
+        return self.ends[-1] if self.ends else 0
+
+    def order(self, position):
+        """Position in the stream -> number of the sample, 0..len-1. Each epoch is another permutation of runs of samples."""
+        n, run = len(self), min(self.run, len(self))
+        epoch, p = divmod(position, n)
+        if run == 1:
+            return permute(p, n, self.seed, epoch)
+        whole = n // run * run      # the rest, shorter than a run, ends the epoch; where runs begin moves from epoch to epoch
+        if p < whole:
+            p = permute(p // run, n // run, self.seed, epoch) * run + p % run
+        return (p + mix(self.seed, epoch)) % n
+
+    def _read(self, tar, offset, size):
+        if tar not in self.files:
+            self.files[tar] = os.open(self.tars[tar], os.O_RDONLY)
+            if len(self.files) > 128:
+                os.close(self.files.popitem(last=False)[1])
+        self.files.move_to_end(tar)
+        return os.pread(self.files[tar], size, offset)
+
+    def members(self, number):
+        """The payloads of sample `number`: {role: bytes}."""
+        tar = bisect.bisect_right(self.ends, number)
+        row = self.index[tar][number - (self.ends[tar - 1] if tar else 0)].reshape(-1, 2).tolist()
+        return {role: self._read(tar, *place) for role, place in zip(ROLES, row) if place[0] >= 0}
+
+    def sample(self, number):
+        """-> (PIL image, condition, cluster) of sample `number`. BadSample if it cannot be used."""
+        members = self.members(number)
+        condition = check_condition(members, self.condition, self.classes)
+        if "image" not in members:
+            raise BadSample("no image")
+        if self.clusters and "cluster" not in members:
+            raise BadSample("no cluster")
+        return decode(members["image"], self.size), condition, int(members.get("cluster", -1))
+
+    def __getitem__(self, position):
+        bad, number = [], self.order(position)
+        while True:
+            try:
+                image, condition, cluster = self.sample(number)
+                break
+            except BadSample as error:
+                bad.append(f"{self.tars[bisect.bisect_right(self.ends, number)]}: sample {number}: {error}")
+            if len(bad) > 100:
+                raise UserError(f"a hundred samples in a row cannot be used, the last: {bad[-1]}")
+            number = mix(self.seed, position, len(bad)) % len(self)
+        # All that is random about a training sample, always drawn in this order: it depends on nothing but (seed, position).
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
+        mirror, left, top, u, drop = rng.random(5)
+        eps = torch.from_numpy(rng.standard_normal(self.noise_shape, dtype=np.float32))
+        x = square(image, self.size, (left, top) if self.crop == "random" else (0.5, 0.5), self.flip and mirror < 0.5)
+        u = min(max(u, 1e-6), 1 - 1e-6)
+        return {"x": torch.from_numpy(x.copy()), "c": self.encode(condition), "k": cluster, "u": u, "drop": drop, "eps": eps, "bad": bad}
+
+
+def collate(items):
+    """Items of TarDataset -> one dict of batched tensors; `bad` is the list of all of theirs."""
+    batch = {key: torch.stack([item[key] for item in items]) for key in ("x", "c", "eps")}
+    batch |= {key: torch.tensor([item[key] for item in items], dtype=torch.float32) for key in ("u", "drop")}
+    return batch | {"k": torch.tensor([item["k"] for item in items]), "bad": [b for item in items for b in item["bad"]]}
+
+
+# ---- pictures of pictures -----------------------------------------------------------------------------------------
+
+COLOURS = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#edc948", "#76b7b2", "#ff9da7", "#9c755f", "#888888"]
+
+
+def picture_grid(rows, captions=None, frames=None, tile=0):
+    """rows of pictures ([H,W,3] uint8) -> one PIL image, captions at the left; frames: the same rows of cluster numbers.
+
+    Small pictures are enlarged by a whole factor to about 64 pixels, or to `tile`.
+    """
+    side = rows[0][0].shape[0]
+    scale = max(1, round((tile or 64) / side))
+    side, gap, font = side * scale, 6, ImageFont.load_default(13)
+    margin = gap + max((int(font.getlength(c)) for c in captions or []), default=0) + (gap if captions else 0)
+    label = 16 if frames else 0
+    sheet = Image.new("RGB", (margin + max(map(len, rows)) * (side + gap), gap + len(rows) * (side + label + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        y = gap + r * (side + label + gap)
+        if captions:
+            draw.text((gap, y + side // 2 - 8), captions[r], "black", font)
+        for i, pixels in enumerate(row):
+            x = margin + i * (side + gap)
+            sheet.paste(Image.fromarray(np.asarray(pixels)).resize((side, side), Image.Resampling.NEAREST), (x, y))
+            if frames and frames[r][i] is not None:
+                colour = COLOURS[frames[r][i] % len(COLOURS)]
+                draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=colour, width=2)
+                draw.text((x, y + side + 1), f"expert {frames[r][i]}", colour, ImageFont.load_default(12))
+    return sheet
+
+
+# ---- the embedded demo set ----------------------------------------------------------------------------------------
+
+SHAPE_COLOURS = {"red": (230, 30, 30), "green": (30, 190, 50), "blue": (40, 70, 235),
+                 "yellow": (240, 220, 30), "purple": (150, 40, 200), "white": (245, 245, 245)}
+SHAPES = ("circle", "square", "triangle", "cross")
+
+
+def draw_shape(rng, size):
+    """One captioned picture of the demo set: -> (PIL image, caption). Drawn eight times too large, so that edges are smooth."""
+    big = 8 * size
+    colour, shape = rng.choice(list(SHAPE_COLOURS)), rng.choice(SHAPES)
+    r = big * rng.uniform(0.26, 0.42)
+    x, y = rng.uniform(r, big - r, 2)
+    image = Image.new("RGB", (big, big), tuple(int(v) for v in rng.integers(0, 50, 3)))
+    draw = ImageDraw.Draw(image)
+    fill = tuple(int(v) for v in np.clip(np.array(SHAPE_COLOURS[colour]) + rng.integers(-10, 11, 3), 0, 255))
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill)
+    elif shape == "square":
+        draw.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
+    else:
+        draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
+        draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
+    return image.resize((size, size), Image.Resampling.BOX), f"a {colour} {shape}"
+
+
+def main():
+    parser = make_parser(__doc__, [], run=False)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the tars")
+    parser.add_argument("--images", type=int, default=6000, metavar="N", help="pictures to draw (default: 6000)")
+    parser.add_argument("--size", type=int, default=32, metavar="S", help="pixels a side (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--per-tar", type=int, default=1000, metavar="N", help="pictures a tar (default: 1000)")
+    args, _ = parse(parser)
+    if min(args.images, args.size, args.per_tar) < 1:
+        raise UserError(f"--images {args.images}, --size {args.size} and --per-tar {args.per_tar} must be at least 1")
+    for first in progress(range(0, args.images, args.per_tar), desc="drawing"):
+        with TarWriter(os.path.join(args.out, f"{first // args.per_tar:05d}.tar")) as tar:
+            for i in range(first, min(first + args.per_tar, args.images)):
+                image, caption = draw_shape(np.random.default_rng([args.seed, i]), args.size)
+                png = io.BytesIO()
+                image.save(png, "PNG")
+                tar.add(f"{i:09d}.png", png.getvalue())
+                tar.add(f"{i:09d}.txt", caption.encode())
+    print(f"{args.images} pictures in {args.out}")
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,269 @@
+"""DiT and the router on top of it: one trunk, two heads. Self-contained: torch and safetensors alone.
+
+    x_t [B,C,S,S], t [B], c  ->  DiT:    [B,C,S,S]  velocity, x0 or eps (flow.py says which)
+                             ->  Router: [B,K]      logits of p(k | x_t, t, c)
+
+Blocks are adaLN-Zero (Peebles & Xie 2023); text enters by cross-attention to a sequence of tokens, as in PixArt-alpha.
+The condition c is None (condition = none), class numbers [B] (class) or word numbers [B,L] (text; see hash_words).
+"""
+import json
+import math
+import os
+import re
+import zlib
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+#                     dim  depth  heads
+SIZES = {"DiT-S":  ( 384,   12,    6),
+         "DiT-B":  ( 768,   12,   12),
+         "DiT-L":  (1024,   24,   16),
+         "DiT-XL": (1152,   28,   16),
+         "mini":   ( 192,    6,    4),      # for a CPU
+         "tiny":   ( 128,    4,    4)}
+PRESETS = {f"{name}/{patch}": dict(dim=dim, depth=depth, heads=heads, patch=patch)
+           for name, (dim, depth, heads) in SIZES.items() for patch in (2, 4, 8)}
+
+
+@dataclass
+class ModelConfig:
+    size: int                   # side of the input, in pixels or latent cells
+    channels: int               # 3 for pixels
+    dim: int
+    depth: int
+    heads: int
+    patch: int
+    condition: str = "none"     # none | class | text
+    classes: int = 0            # condition = class
+    vocab: int = 0              # condition = text: rows of the word table, number 0 being "no word"
+    length: int = 0             # condition = text: words a caption, at most
+    clusters: int = 0           # K for a router, 0 for a denoiser
+
+    def __post_init__(self):
+        if self.size % self.patch:
+            raise ValueError(f"size {self.size} is not a multiple of the patch {self.patch}: change data.size or the model's patch")
+        if self.dim % self.heads or self.dim % 4:
+            raise ValueError(f"dim {self.dim} must be a multiple of heads {self.heads} and of 4")
+
+
+def hash_words(text, length, vocab):
+    """Words of a caption as numbers 1..vocab-1, zero-padded to `length` [L] int64. The empty text is all zeros: no condition.
+
+    A fixed hash (CRC-32) instead of a vocabulary file: nothing to build, to ship or to keep in step between nodes.
+    """
+    words = [zlib.crc32(w.encode()) % (vocab - 1) + 1 for w in re.findall(r"\w+", text.lower())[:length]]
+    return torch.tensor(words + [0] * (length - len(words)), dtype=torch.int64)
+
+
+def sincos_2d(dim, side):
+    """[side*side, dim]: sines and cosines of the row in one half, of the column in the other."""
+    freq = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * freq                # [side, dim/4]
+    one = torch.cat([angle.sin(), angle.cos()], dim=1)                             # [side, dim/2]
+    rows, cols = one[:, None].expand(side, side, -1), one[None].expand(side, side, -1)
+    return torch.cat([rows, cols], dim=2).reshape(side * side, dim).float()
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x [B,N,D] to itself, or to y [B,M,D] where mask [B,M] holds."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, y=None, mask=None):
+        B, N, D = x.shape
+        if y is None:
+            q, k, v = self.qkv(x).chunk(3, dim=2)
+        else:       # the same weights' layout, queries from x, keys and values from y
+            q = F.linear(x, self.qkv.weight[:D], self.qkv.bias[:D])
+            k, v = F.linear(y, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=2)
+        q, k, v = (z.view(B, -1, self.heads, D // self.heads).transpose(1, 2) for z in (q, k, v))   # [B,H,N,D/H]
+        mask = None if mask is None else mask[:, None, None]                                        # [B,1,1,M]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, cross):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(dim, heads)
+        self.cross = Attention(dim, heads) if cross else None
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.adaLN = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c, y, mask):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        if self.cross is not None:
+            x = x + self.cross(x, y, mask)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class Trunk(nn.Module):
+    """Patches, positions, time and condition, and the blocks: what denoiser and router have in common."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.patch_embed = nn.Conv2d(c.channels, c.dim, c.patch, stride=c.patch)
+        self.register_buffer("positions", sincos_2d(c.dim, c.size // c.patch), persistent=False)    # a constant: not saved
+        self.time_mlp = nn.Sequential(nn.Linear(256, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        if c.condition == "class":
+            self.class_embed = nn.Embedding(c.classes + 1, c.dim)       # the last row: no class
+        if c.condition == "text":
+            self.word_embed = nn.Embedding(c.vocab, c.dim)
+            self.word_positions = nn.Parameter(torch.zeros(c.length, c.dim))
+            self.text_null = nn.Parameter(torch.zeros(1, 1, c.dim))     # always attended: all there is without a caption
+            self.text_norm = nn.LayerNorm(c.dim, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.condition == "text") for _ in range(c.depth))
+        self.final_norm = nn.LayerNorm(c.dim, eps=1e-6, elementwise_affine=False)
+        self.final_adaLN = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 2 * c.dim))
+
+    def init_weights(self):
+        """As DiT: Xavier for linear layers, N(0, 0.02^2) for embeddings, zeros wherever a branch joins or leaves (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))     # a patch is a linear layer, too
+        nn.init.zeros_(self.patch_embed.bias)
+        for linear in (self.time_mlp[0], self.time_mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        if self.config.condition == "text":
+            nn.init.normal_(self.word_positions, std=0.02)
+            nn.init.normal_(self.text_null, std=0.02)
+        zero = [self.final_adaLN[1], self.head] + [b.adaLN[1] for b in self.blocks] + [b.cross.proj for b in self.blocks if b.cross]
+        for linear in zero:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def embed_time(self, t):
+        """t [B] in [0,1] -> [B,D]: sines and cosines of 1000 t, then an MLP."""
+        freq = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
+        angle = 1000 * t.float()[:, None] * freq                                # [B,128]
+        return self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.time_mlp[0].weight.dtype))
+
+    def embed_text(self, c):
+        """Word numbers [B,L] -> tokens [B,1+L,D], mask [B,1+L]. The first token is the learned null, never masked."""
+        y = torch.cat([self.text_null.expand(len(c), -1, -1), self.word_embed(c) + self.word_positions], dim=1)
+        return self.text_norm(y), F.pad(c != 0, (1, 0), value=True)
+
+    def trunk(self, x_t, t, c, first=None):
+        """-> [B,N,D] after the blocks, normalised and modulated. `first` [1,1,D]: a token set before the patches."""
+        x = self.patch_embed(x_t).flatten(2).transpose(1, 2) + self.positions   # [B,N,D]
+        if first is not None:
+            x = torch.cat([first.expand(len(x), -1, -1), x], dim=1)             # [B,1+N,D]
+        emb, y, mask = self.embed_time(t), None, None                           # [B,D]
+        if self.config.condition == "class":
+            emb = emb + self.class_embed(c)
+        elif self.config.condition == "text":
+            y, mask = self.embed_text(c)                                        # [B,1+L,D], [B,1+L]
+        for block in self.blocks:
+            x = block(x, emb, y, mask)                                          # [B,N,D]
+        shift, scale = self.final_adaLN(emb).chunk(2, dim=1)
+        return modulate(self.final_norm(x), shift, scale)
+
+    def flops(self):
+        """Forward FLOPs of one image (a multiply-add is two); a training step costs three times as many."""
+        c = self.config
+        D, L = c.dim, 1 + c.length
+        patches = (c.size // c.patch) ** 2
+        N = patches + (1 if c.clusters else 0)
+        block = 24 * N * D * D + 4 * N * N * D + 12 * D * D             # qkv, proj, mlp; attention; adaLN
+        if c.condition == "text":
+            block += 4 * N * D * D + 4 * L * D * D + 4 * N * L * D      # q and proj; k and v; attention
+        head = 2 * D * c.clusters if c.clusters else 2 * N * D * c.patch ** 2 * c.channels
+        return c.depth * block + 2 * patches * c.patch ** 2 * c.channels * D + 2 * (256 * D + D * D) + 4 * D * D + head
+
+
+class DiT(Trunk):
+    """The denoiser: [B,C,S,S] -> [B,C,S,S]."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = nn.Linear(config.dim, config.patch ** 2 * config.channels)
+        self.init_weights()
+
+    def forward(self, x_t, t, c=None):
+        """x_t [B,C,S,S], t [B] in [0,1], c the condition -> [B,C,S,S]."""
+        p, n, C = self.config.patch, self.config.size // self.config.patch, self.config.channels
+        x = self.head(self.trunk(x_t, t, c))                                    # [B,n*n,p*p*C]
+        x = x.view(-1, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4)                 # [B,C,n,p,n,p]
+        return x.reshape(-1, C, n * p, n * p)
+
+
+class Router(Trunk):
+    """p(k | x_t, t, c) (eq. 5): the DiT trunk with a learned CLS token and a linear head over the clusters."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.head = nn.Linear(config.dim, config.clusters)
+        self.init_weights()
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(self, x_t, t, c=None):
+        """x_t [B,C,S,S], t [B] in [0,1], c the condition -> logits [B,K]."""
+        return self.head(self.trunk(x_t, t, c, self.cls_token)[:, 0])
+
+
+def null_condition(config, c):
+    """The condition that stands for none, shaped like c: what a dropped sample and guidance's second branch see."""
+    return None if c is None else torch.full_like(c, config.classes if config.condition == "class" else 0)
+
+
+def drop_condition(config, c, drop):
+    """c with the samples where drop [B] holds made unconditional."""
+    return None if c is None else torch.where(drop.view(-1, *[1] * (c.ndim - 1)), null_condition(config, c), c)
+
+
+def build(config):
+    return (Router if config.clusters else DiT)(config)
+
+
+def save(path, config, state, dtype=torch.float32, **info):
+    """Writes weights {name: tensor} as one safetensors file that `load` rebuilds the model from. info: whatever JSON can hold.
+
+    All metadata is one key of sorted JSON: safetensors orders several keys at random, and equal runs must give equal files.
+    """
+    text = json.dumps({"model": asdict(config), **info}, sort_keys=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, temporary, metadata={"nanoddm": text})
+    os.replace(temporary, path)
+
+
+def read_info(path):
+    """A saved model's metadata, without its weights. ValueError if the file is damaged or another program's."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return json.loads((f.metadata() or {})["nanoddm"])
+    except Exception as error:      # safetensors raises its own kinds
+        raise ValueError(f"{path} is not a model of this project ({type(error).__name__}: {error})") from None
+
+
+def load(path, device="cpu"):
+    """-> (model in fp32 and eval mode on device, its metadata). ValueError as read_info."""
+    info = read_info(path)
+    with torch.device("meta"):
+        model = build(ModelConfig(**info["model"]))
+    model.to_empty(device=device)
+    model.positions.copy_(sincos_2d(model.config.dim, model.config.size // model.config.patch))
+    with safe_open(path, framework="pt", device=str(device)) as f:
+        model.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
+    return model.float().eval(), info

@@ -1,0 +1,265 @@
+"""The reader: every sample exactly once, in an order and with a randomness that depend on the position alone; faults are survived."""
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from common import UserError
+from data import BadSample, TarDataset, TarWriter, decode, permute, scan_tar, square
+
+
+def png(colour=(200, 30, 30), size=(8, 8), mode="RGB", **options):
+    out = io.BytesIO()
+    Image.new(mode, size, colour).save(out, "PNG", **options)
+    return out.getvalue()
+
+
+def write(path, samples):
+    """samples: list of dicts {extension: bytes}; keys are 0, 1, ..."""
+    with TarWriter(str(path)) as tar:
+        for i, members in enumerate(samples):
+            for extension, payload in members.items():
+                tar.add(f"{i:06d}.{extension}", payload)
+    return str(path)
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """Three tars of 7, 0 and 12 samples; a sample's class is its number."""
+    numbers = [range(0, 7), [], range(7, 19)]
+    return [write(tmp_path / f"{t}.tar", [{"png": png(), "cls": str(i).encode()} for i in ns]) for t, ns in enumerate(numbers)]
+
+
+def labels(dataset, positions, workers=0):
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[[p] for p in positions], num_workers=workers, collate_fn=data.collate)
+    return [batch["c"].item() for batch in loader]
+
+
+# ---- order --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000])
+def test_the_shuffle_is_a_permutation_and_another_for_each_key(n):
+    orders = [[permute(i, n, seed, epoch) for i in range(n)] for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert n < 64 or len({tuple(order) for order in orders}) == 3
+
+
+def test_the_shuffle_is_uniform_enough_that_each_sample_comes_first_equally_often():
+    first = np.bincount([permute(0, 10, 0, epoch) for epoch in range(5000)], minlength=10)
+    assert abs(first - 500).max() < 5 * 500 ** 0.5
+
+
+@pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 2), (2, 1), (3, 2), (5, 0)])
+@pytest.mark.parametrize("run", [1, 4])
+def test_each_sample_exactly_once_an_epoch_over_ranks_and_workers(uneven, ranks, workers, run):
+    dataset = TarDataset(uneven, 8, "class", classes=19, seed=3, run=run)
+    for epoch in range(2):
+        stream = range(epoch * 19, (epoch + 1) * 19)
+        seen = [label for rank in range(ranks) for label in labels(dataset, stream[rank::ranks], workers)]
+        assert sorted(seen) == list(range(19))
+
+
+def test_a_resume_goes_on_with_the_very_next_sample_on_any_number_of_ranks(uneven):
+    dataset = TarDataset(uneven, 8, "class", classes=19)
+    whole = labels(dataset, range(60))
+    assert whole[:25] + labels(dataset, range(25, 60), workers=2) == whole
+    halves = [labels(dataset, range(25 + rank, 60, 2)) for rank in range(2)]
+    assert [label for pair in zip(*halves) for label in pair] == whole[25:59]
+
+
+def test_runs_of_consecutive_samples_stay_together(uneven):
+    dataset = TarDataset(uneven, 8, "class", classes=19, run=4)
+    order = [dataset.order(p) for p in range(16)]
+    assert all(order[i + 1] == (order[i] + 1) % 19 for i in range(16) if i % 4 != 3)
+
+
+def test_randomness_is_a_function_of_seed_and_position(uneven):
+    a, b = (TarDataset(uneven, 8, "class", classes=19, crop="random", flip=True) for _ in range(2))
+    other = TarDataset(uneven, 8, "class", classes=19, seed=1)
+    one, same = a[11], (b[3], b[11])[1]
+    assert torch.equal(one["eps"], same["eps"]) and one["u"] == same["u"] and torch.equal(one["x"], same["x"])
+    assert one["u"] != a[12]["u"] and one["u"] != other[11]["u"]
+
+
+def test_noise_is_standard_normal_and_time_uniform(uneven):
+    items = [TarDataset(uneven, 8, "class", classes=19)[p] for p in range(400)]
+    eps, u = torch.stack([i["eps"] for i in items]), torch.tensor([i["u"] for i in items])
+    assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02
+    assert abs(u.mean() - 0.5) < 0.05 and 0 < u.min() and u.max() < 1
+
+
+# ---- tars ---------------------------------------------------------------------------------------------------------
+
+def test_the_index_is_made_once_beside_the_tar_and_again_when_the_tar_changes(uneven, monkeypatch):
+    first = data.index_tar(uneven[0])
+    with monkeypatch.context() as m:
+        m.setattr(data, "scan_tar", lambda path: pytest.fail("scanned again"))
+        assert np.array_equal(data.index_tar(uneven[0]), first)
+    write(uneven[0], [{"png": png(), "cls": b"5"}])
+    assert len(data.index_tar(uneven[0])) == 1
+
+
+def test_a_read_only_folder_can_be_indexed(uneven, monkeypatch):
+    def refuse(path):
+        raise OSError("read-only")
+    monkeypatch.setattr(data, "atomic", refuse)
+    assert len(data.index_tar(uneven[2])) == 12 and not os.path.exists(uneven[2] + ".idx")
+
+
+def test_tars_of_other_programs_are_read_with_long_and_non_ascii_names(tmp_path):
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tmp_path / "long.tar"
+        with tarfile.open(path, "w", format=kind) as tar:
+            for name in ("é" * 90 + "/" + "x" * 120, "plain"):
+                for extension, payload in ((".jpg", png()), (".txt", "ein Bär".encode())):
+                    info = tarfile.TarInfo(name + extension)
+                    info.size = len(payload)
+                    tar.addfile(info, io.BytesIO(payload))
+        samples = list(scan_tar(path))
+        assert [len(s.members) for s in samples] == [2, 2] and samples[0].start == 0
+        # a copy of a sample's bytes is a tar of it
+        piece = path.read_bytes()[samples[1].start:samples[1].end]
+        with tarfile.open(fileobj=io.BytesIO(piece)) as tar:
+            assert tar.extractfile("plain.txt").read().decode() == "ein Bär"
+
+
+@pytest.mark.parametrize("keep", [100, 512, 700, 2300, 2600, 5000, 9000])
+def test_a_torn_tar_gives_its_whole_samples_and_a_warning(tmp_path, capsys, keep):
+    path = tmp_path / "torn.tar"
+    write(path, [{"png": png(), "txt": b"a red square"} for _ in range(6)])     # 2048 bytes each
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    samples = list(scan_tar(path))
+    assert "torn.tar" in capsys.readouterr().err
+    assert len(samples) in (keep // 2048, max(0, keep // 2048 - 1))     # cut just at a sample's end: it cannot be told to be whole
+    assert all(set(s.members) == {"image", "txt"} for s in samples)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
+def test_a_file_that_is_no_tar_gives_nothing_and_a_warning(tmp_path, capsys, content):
+    (tmp_path / "x.tar").write_bytes(content)
+    assert list(scan_tar(tmp_path / "x.tar")) == [] and "x.tar" in capsys.readouterr().err
+
+
+def test_a_failed_writer_leaves_no_file(tmp_path):
+    with pytest.raises(RuntimeError):
+        with TarWriter(str(tmp_path / "a.tar")) as tar:
+            tar.add("x.txt", b"x")
+            raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+# ---- bad samples --------------------------------------------------------------------------------------------------
+
+def test_bad_samples_are_named_and_replaced_without_moving_any_other(tmp_path):
+    good = [{"png": png((i, 0, 0)), "txt": b"x"} for i in range(20)]
+    bad = [dict(s) for s in good]
+    bad[3]["png"] = b"not a picture"
+    del bad[5]["txt"]
+    del bad[9]["png"]
+    dataset, clean = (TarDataset([write(tmp_path / f"{n}.tar", s)], 8, "text", lambda c: torch.zeros(1)) for n, s in (("bad", bad), ("good", good)))
+    causes = []
+    for p in range(20):
+        item = dataset[p]
+        if item["bad"]:
+            assert clean.order(p) in (3, 5, 9)
+            causes += item["bad"]
+        else:
+            assert torch.equal(item["x"], clean[p]["x"])
+        assert torch.equal(item["eps"], clean[p]["eps"])
+    for cause in ("sample 3: undecodable", "sample 5: no caption", "sample 9: no image"):
+        assert any(cause in line for line in causes)
+    assert torch.equal(dataset[4]["x"], dataset[4]["x"])
+
+
+def test_data_without_a_single_good_sample_is_an_error_and_no_endless_loop(tmp_path):
+    dataset = TarDataset([write(tmp_path / "x.tar", [{"png": b"x"}])], 8)
+    with pytest.raises(UserError, match="a hundred samples"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("payload, cause", [(b"", "no class"), (b"cat", "no class"), (b"10", "classes = 10"), (b"-1", "classes = 10")])
+def test_a_class_must_be_a_number_below_the_configured_classes(payload, cause):
+    with pytest.raises(BadSample, match=cause):
+        data.check_condition({"cls": payload}, "class", 10)
+    assert data.check_condition({"cls": b" 7\n"}, "class", 10) == 7
+
+
+# ---- pictures -----------------------------------------------------------------------------------------------------
+
+def test_pictures_of_every_mode_come_out_rgb_with_transparency_on_white():
+    assert decode(png((0, 0, 0, 0), mode="RGBA")).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(png((255, 0, 0, 255), mode="RGBA")).getpixel((0, 0)) == (255, 0, 0)
+    assert decode(png((10, 20, 30), transparency=(10, 20, 30))).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(png(77, mode="L")).getpixel((0, 0)) == (77, 77, 77)
+    out = io.BytesIO()
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(out, "JPEG")
+    assert decode(out.getvalue()).mode == "RGB"
+
+
+def test_exif_rotation_is_undone():
+    image = Image.new("RGB", (16, 8), "black")
+    image.paste("white", (0, 0, 8, 8))
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6        # the camera was turned: show it turned clockwise
+    image.save(out, "JPEG", exif=exif, quality=95)
+    upright = decode(out.getvalue())
+    assert upright.size == (8, 16) and upright.getpixel((4, 2))[0] > 200 and upright.getpixel((4, 13))[0] < 50
+
+
+def test_a_decompression_bomb_is_a_bad_sample(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    with pytest.raises(BadSample, match="DecompressionBomb"):
+        decode(png())
+
+
+def test_square_crops_where_asked_and_mirrors():
+    pixels = np.zeros((4, 12, 3), np.uint8)
+    pixels[:, :4], pixels[:, 4:8], pixels[:, 8:] = 10, 20, 30
+    image = Image.fromarray(pixels)
+    assert [square(image, 4, (x, 0))[0, 0, 0] for x in (0, 0.5, 1)] == [10, 20, 30]
+    pixels[:, 8:10] = 99
+    mirrored = square(Image.fromarray(pixels), 4, (1, 0), mirror=True)
+    assert mirrored[0, 0, 0] == 30 and mirrored[0, 3, 0] == 99
+
+
+def test_flips_and_random_crops_vary_and_can_be_switched_off(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 24, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    tar = write(tmp_path / "x.tar", [{"png": out.getvalue()}])
+    pictures = lambda **options: len({TarDataset([tar], 8, **options)[p]["x"].numpy().tobytes() for p in range(20)})
+    assert pictures() == 1 and pictures(flip=True) == 2 and pictures(crop="random") > 10
+
+
+def test_pixels_survive_the_round_trip_through_floats():
+    x = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    floats = data.to_float(x)
+    assert floats.min() == -1 and floats.max() == 1 and floats.shape == (1, 3, 16, 16)
+    assert torch.equal(data.to_uint8(floats), x)
+
+
+# ---- the demo set -------------------------------------------------------------------------------------------------
+
+def test_the_demo_set_shows_what_its_captions_say():
+    """By bench/check_shapes.py, which shares no code with the drawing."""
+    import sys
+    sys.path.insert(0, os.path.join(os.path.dirname(data.__file__), "bench"))
+    from check_shapes import check
+    for size in (16, 32, 64):
+        drawn = [data.draw_shape(np.random.default_rng([0, i]), size) for i in range(200)]
+        assert all(all(check(np.asarray(image), caption)) for image, caption in drawn)
+    captions = {caption for _, caption in drawn}
+    assert len(captions) == 24 and captions == {f"a {c} {s}" for c in data.SHAPE_COLOURS for s in data.SHAPES}
+
+
+def test_the_demo_set_is_the_same_for_a_seed():
+    image, caption = data.draw_shape(np.random.default_rng([4, 2]), 16)
+    again, same = data.draw_shape(np.random.default_rng([4, 2]), 16)
+    assert caption == same and image.tobytes() == again.tobytes()
+    assert data.draw_shape(np.random.default_rng([5, 2]), 16)[0].tobytes() != image.tobytes()

@@ -1,0 +1,155 @@
+"""The network: sizes, formulas against torch, files."""
+import hashlib
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as models
+from model import DiT, ModelConfig, Router
+
+
+def small(kind=DiT, **changes):
+    settings = dict(size=8, channels=3, dim=32, depth=2, heads=2, patch=2) | changes
+    torch.manual_seed(0)
+    return kind(ModelConfig(**settings))
+
+
+def shaken(model):
+    """adaLN-Zero starts as a constant: move the weights so that all of the network shows."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+TEXT = dict(condition="text", vocab=64, length=5)
+CLASS = dict(condition="class", classes=10)
+
+
+@pytest.mark.parametrize("name, millions", [("DiT-S", 33), ("DiT-B", 130), ("DiT-L", 458), ("DiT-XL", 675)])
+def test_presets_have_the_published_parameter_counts(name, millions):
+    for patch in (2, 4, 8):
+        with torch.device("meta"):
+            model = DiT(ModelConfig(32, 4, condition="class", classes=1000, **models.PRESETS[f"{name}/{patch}"]))
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        # published for patch 2; a larger patch has a few more weights in the first and the last layer
+        assert round(count) == millions if patch == 2 else abs(count - millions) < 1.5
+
+
+@pytest.mark.parametrize("kind, extra", [(DiT, {}), (DiT, CLASS), (DiT, TEXT), (Router, TEXT | {"clusters": 4}), (Router, {"clusters": 8})])
+def test_flops_formula_agrees_with_torch_s_counter(kind, extra):
+    model = small(kind, **extra)
+    c = {"text": torch.ones(1, 5, dtype=torch.int64), "class": torch.ones(1, dtype=torch.int64)}.get(extra.get("condition"))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, 3, 8, 8), torch.zeros(1), c)
+    assert model.flops() == counter.get_total_flops()
+
+
+def test_attention_is_torch_s_multihead_attention():
+    torch.manual_seed(0)
+    ours, theirs = models.Attention(32, 4), torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
+                            "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})
+    x, y = torch.randn(2, 7, 32), torch.randn(2, 5, 32)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
+    torch.testing.assert_close(ours(x, y, mask), theirs(x, y, y, key_padding_mask=~mask)[0])
+
+
+def test_the_untrained_model_predicts_zero_and_the_untrained_router_is_undecided():
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
+    assert small()(x, t).abs().max() == 0
+    assert small(Router, clusters=4)(x, t).softmax(1).unique().tolist() == [0.25]
+
+
+def test_each_pixel_of_the_output_belongs_to_the_same_place_of_the_input():
+    """With the identity for patches, positions and blocks left out, the network must put every patch back where it was."""
+    model = small(dim=12, heads=1, depth=0)
+    with torch.no_grad():
+        model.positions.zero_()
+        model.patch_embed.weight.copy_(torch.eye(12).view(12, 3, 2, 2))
+        order = torch.arange(12).view(3, 2, 2).permute(1, 2, 0).flatten()       # the head gives (row, column, channel)
+        model.head.weight.copy_(torch.eye(12)[order])
+    model.final_norm = torch.nn.Identity()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model(x, torch.rand(2)), x)
+
+
+def test_words_hash_alike_everywhere_and_the_empty_caption_is_no_condition():
+    a = models.hash_words("A red, RED circle!", 6, 1000)
+    assert a.tolist() == models.hash_words("a red red circle", 6, 1000).tolist() and a[1] == a[2] and a[4:].tolist() == [0, 0]
+    assert a[0].item() == 0xe8b7be43 % 999 + 1      # CRC-32 of "a"
+    assert not models.hash_words("", 6, 1000).any()
+    assert len(models.hash_words("w " * 50, 6, 1000)) == 6
+
+
+def test_padding_does_not_change_the_answer_and_words_and_their_order_do():
+    model = shaken(small(**TEXT))
+    x, t = torch.randn(1, 3, 8, 8), torch.rand(1)
+    c = torch.tensor([[3, 4, 0, 0, 0]])
+    before = model(x, t, c)
+    with torch.no_grad():
+        model.word_embed.weight[0] += 5         # what stands at "no word" must not matter
+    torch.testing.assert_close(model(x, t, c), before)
+    assert (model(x, t, torch.tensor([[4, 3, 0, 0, 0]])) - before).abs().max() > 1e-3
+    assert (model(x, t, torch.tensor([[3, 5, 0, 0, 0]])) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("extra, c", [(CLASS, torch.tensor([3, 4])), (TEXT, torch.tensor([[3, 4, 0, 0, 0], [5, 0, 0, 0, 0]]))])
+def test_dropping_a_condition_makes_that_sample_alone_unconditional(extra, c):
+    config = small(**extra).config
+    dropped = models.drop_condition(config, c, torch.tensor([True, False]))
+    assert torch.equal(dropped[0], models.null_condition(config, c)[0]) and torch.equal(dropped[1], c[1])
+    assert models.drop_condition(config, None, torch.tensor([True])) is None
+
+
+def test_time_and_condition_matter_to_router_and_denoiser():
+    x = torch.randn(1, 3, 8, 8)
+    for model in (shaken(small(**CLASS)), shaken(small(Router, clusters=4, **CLASS))):
+        out = model(x, torch.tensor([0.3]), torch.tensor([1]))
+        assert (model(x, torch.tensor([0.9]), torch.tensor([1])) - out).abs().max() > 1e-3
+        assert (model(x, torch.tensor([0.3]), torch.tensor([2])) - out).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind, extra", [(DiT, TEXT), (Router, CLASS | {"clusters": 4})])
+def test_a_file_rebuilds_its_model_with_nothing_else(kind, extra, tmp_path):
+    model = shaken(small(kind, **extra))
+    models.save(tmp_path / "m.safetensors", model.config, model.state_dict(), objective="x0", step=7)
+    again, info = models.load(tmp_path / "m.safetensors")
+    assert type(again) is kind and again.config == model.config and info["objective"] == "x0" and info["step"] == 7
+    x, t, c = torch.randn(2, 3, 8, 8), torch.rand(2), torch.ones((2, 5) if "vocab" in extra else 2, dtype=torch.int64)
+    assert torch.equal(again(x, t, c), model(x, t, c))
+
+
+def test_equal_models_give_equal_files(tmp_path):
+    model = small(**TEXT)
+    digests = set()
+    for i in range(4):
+        models.save(tmp_path / "m", model.config, model.state_dict(), b=1, a={"z": 1, "y": 2})
+        digests.add(hashlib.sha256((tmp_path / "m").read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def test_bf16_export_is_half_as_large_and_loads_as_fp32(tmp_path):
+    model = shaken(small())
+    models.save(tmp_path / "32", model.config, model.state_dict())
+    models.save(tmp_path / "16", model.config, model.state_dict(), torch.bfloat16)
+    assert (tmp_path / "16").stat().st_size < 0.6 * (tmp_path / "32").stat().st_size
+    again = models.load(tmp_path / "16")[0]
+    assert all(p.dtype is torch.float32 for p in again.parameters())
+    torch.testing.assert_close(again.head.weight, model.head.weight, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\xff" * 100])
+def test_a_file_that_is_no_model_is_refused(content, tmp_path):
+    (tmp_path / "bad").write_bytes(content)
+    with pytest.raises(ValueError, match="bad is not a model"):
+        models.load(tmp_path / "bad")
+
+
+def test_a_size_that_the_patch_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="size 9 is not a multiple of the patch 2"):
+        small(size=9)

@@ -1,0 +1,61 @@
+"""Stage 2: trains the expert of one cluster, on that cluster's shards alone; no node needs to know of another.
+
+    torchrun --nproc_per_node=8 train_expert.py --run runs/laion --shard 3     # one node, eight GPUs
+    python train_expert.py --run runs/demo --shard 3                           # one GPU, or a CPU
+    python train_expert.py --run runs/demo --shard all                         # the monolith, to compare with
+
+reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar (for all: every cluster's)
+writes  RUN/experts/K.safetensors (averaged weights), RUN/checkpoints/expert-K/, RUN/logs/expert-K.csv,
+        RUN/samples/expert-K-STEP.png
+Run again, it goes on from its newest checkpoint.
+"""
+import os
+
+import flow
+import training
+from common import UserError, load_run, make_parser, parse, script, start
+from data import picture_grid, to_float
+from model import drop_condition
+
+
+def main():
+    parser = make_parser(__doc__, ["train", "data", "model", "flow", "text"])
+    parser.add_argument("--shard", required=True, metavar="K", help="the cluster to train on: 0, 1, ..., or all for the monolith")
+    args, given = parse(parser)
+    config = load_run(args.run, given)
+    train = training.stage_config(config)
+    K = config.cluster.experts
+    fingerprint = training.read_fingerprint(args.run)
+
+    there = sorted((k for k in os.listdir(os.path.join(args.run, "shards")) if k.isdigit()), key=int)
+    if args.shard != "all" and args.shard not in there:
+        raise UserError(f"no shard {args.shard!r} in {args.run}/shards: there are {', '.join(there) or 'none'}, and all for the monolith")
+    if args.shard == "all" and len(there) < K:
+        raise UserError(f"the monolith needs all {K} shards, {args.run}/shards has {', '.join(there) or 'none'}")
+    if train.batch % K:
+        raise UserError(f"train.batch = {train.batch} is the whole ensemble's and must be a multiple of its {K} experts")
+    batch = train.batch if args.shard == "all" else train.batch // K      # equal compute: the monolith's batch, divided evenly
+
+    ranks = start(args.device)
+    name = f"expert-{args.shard}"
+    data = training.open_shards([os.path.join(args.run, "shards", k) for k in (there if args.shard == "all" else [args.shard])], config, train)
+    state = training.State(args.run, name, training.model_config(config, "model"), train, ranks, config, args.shard)
+    info = training.describe(config, fingerprint) | {"objective": config.flow.objective, "shard": args.shard}
+
+    for step in training.steps(state, data, config, batch, shown="loss"):
+        for b in step.batches():
+            t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
+            c = None if config.data.condition == "none" else drop_condition(state.model.config, b.c, b.drop < config.data.drop)
+            loss = flow.expert_loss(step.model, to_float(b.x), c, t, b.eps, config.flow.objective)      # [B], eq. 6
+            step.backward(loss, t)
+        step.update()
+        if step.save:
+            state.export(os.path.join(args.run, "experts", f"{args.shard}.safetensors"), state.step * batch, **info)
+        if step.sample and ranks.rank == 0:
+            pictures = training.sample_grid(state, config, data)
+            os.makedirs(os.path.join(args.run, "samples"), exist_ok=True)
+            picture_grid(pictures.reshape(4, 4, *pictures.shape[1:])).save(os.path.join(args.run, "samples", f"{name}-{state.step:08d}.png"))
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,361 @@
+"""What the training stages share: data loading, gradient accumulation, EMA, checkpoints, signals and the log.
+
+A stage's loop stays in its script; this file is the generator that it loops over:
+
+    for step in training.steps(...):            learning rate, resume
+        for batch in step.batches():            this rank's share of the global batch, in micro-batches
+            loss = ...                          [B]
+            step.backward(loss, t)
+        step.update()                           clip, AdamW, EMA
+        if step.save: export(...)               then: checkpoint, signals, log
+
+Everything random about a sample is a function of (seed, position in the stream) (data.py), so a run gives the same loss curve,
+up to rounding, on any number of ranks and with any micro-batch, and a resumed run on a CPU the same bits as an undisturbed one.
+"""
+import csv
+import glob
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import flow
+import model as models
+from common import UserError, atomic, barrier, differences, flat, progress, sum_over_ranks
+from data import TarDataset, collate, to_uint8
+
+BINS = 5            # of t in [0,1], in the log
+KEEP = 2            # checkpoints
+FINISHED, UNFINISHED = "finished", "to be continued"
+
+
+# ---- from the run -------------------------------------------------------------------------------------------------
+
+def read_fingerprint(run):
+    """The fingerprint of the run's clusters, which every model of the run carries."""
+    path = os.path.join(run, "clusters.safetensors")
+    try:
+        with safe_open(path, framework="np") as f:
+            return json.loads(f.metadata()["nanoddm"])["fingerprint"]
+    except Exception as error:      # safetensors raises its own kinds
+        raise UserError(f"cannot read {path} ({error}): make it with cluster.py --run {run} --data ...") from None
+
+
+def stage_config(config, stage=""):
+    """[train] with the keys of [train.<stage>] that are set over it."""
+    values = dict(vars(config.train))
+    if stage:
+        values |= {k: v for k, v in vars(getattr(config, f"train_{stage}")).items() if v is not None}
+    return SimpleNamespace(**values)
+
+
+def model_config(config, table, clusters=0):
+    """The ModelConfig that [model] or [router] describes; clusters = K makes it a router's."""
+    settings = vars(getattr(config, table))
+    if settings["preset"] not in models.PRESETS:
+        raise UserError(f"{table}.preset = {settings['preset']!r} is not one of {', '.join(models.PRESETS)}")
+    shape = models.PRESETS[settings["preset"]] | {k: v for k, v in settings.items() if k != "preset" and v}
+    condition = {"none": {}, "class": {"classes": config.data.classes},
+                 "text": {"vocab": config.text.vocab, "length": config.text.length}}[config.data.condition]
+    try:
+        return models.ModelConfig(config.data.size, 3, condition=config.data.condition, clusters=clusters, **condition, **shape)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def describe(config, fingerprint):
+    """What a model's file must say besides its shape, for it to be used, and used together with others of the run."""
+    return {"data": {"size": config.data.size, "condition": config.data.condition}, "autoencoder": config.autoencoder.name,
+            "text": config.text.name, "shift": config.flow.shift, "fingerprint": fingerprint}
+
+
+def open_shards(folders, config, train, clusters=False):
+    """The TarDataset of all tars in `folders` of a run, its captions turned into what the model reads."""
+    tars = sorted(path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    d = config.data
+    encode = {"text": lambda caption: models.hash_words(caption, config.text.length, config.text.vocab)}.get(d.condition)
+    data = TarDataset(tars, d.size, d.condition, encode, d.classes, train.seed, d.crop, d.flip, d.run, clusters=clusters)
+    if not len(data):
+        raise UserError(f"no samples in {', '.join(folders)}: copy the shards there, or make them with cluster.py")
+    return data
+
+
+# ---- state --------------------------------------------------------------------------------------------------------
+
+class State:
+    """Model, averaged weights, optimiser and counters of one training: all that a checkpoint holds.
+
+    Checkpoints are folders RUN/checkpoints/NAME/step-00001000, written beside their place and renamed.
+    """
+
+    def __init__(self, run, name, model_config, train, ranks, config, shard=""):
+        self.run, self.name, self.train, self.ranks = run, name, train, ranks
+        self.folder = os.path.join(run, "checkpoints", name)
+        torch.manual_seed(train.seed)       # the same initial weights on all ranks
+        self.model = models.build(model_config).to(ranks.device)
+        self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
+        # fused: one kernel over all weights
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
+        self.step, self.seconds, self.bad = 0, 0.0, 0
+        # since the last row of the log: loss, images, gradient norms, steps, bad samples; then by bin of t: what is shown, images
+        self.sums = torch.zeros(5 + 2 * BINS, dtype=torch.float64, device=ranks.device)
+        # what may not change over a resume; the rest, such as steps or micro_batch, may
+        tables = ("data.", "text.", "flow.", "autoencoder.")
+        self.identity = {k: v for k, v in flat(config).items() if k.startswith(tables) and k not in ("data.workers", "data.max_bad")}
+        self.identity |= {"train.seed": train.seed, "train.batch": train.batch, "shard": shard}
+        self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
+        self.resumed = self._resume()
+        self.compiled = self.model
+        if ranks.world > 1:
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            self.compiled = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+
+    def _tensors(self):
+        weights, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": weights, "optimizer": optimizer, "ema": self.ema, "sums": self.sums}
+
+    def checkpoints(self):
+        """Complete checkpoints, the oldest first."""
+        return sorted(f for f in glob.glob(os.path.join(glob.escape(self.folder), "step-*")) if f[-1].isdigit())
+
+    def _resume(self):
+        newest = self.checkpoints()[-1:]
+        if not newest:
+            return False
+        with open(os.path.join(newest[0], "state.json")) as f:
+            state = json.load(f)
+        if state["identity"] != self.identity:
+            raise UserError(f"{newest[0]} was made with other settings (there / now: {differences(state['identity'], self.identity)}): "
+                            f"use those, or delete {self.folder} to start anew")
+        tensors = self._tensors()
+        dcp.load(tensors, checkpoint_id=newest[0], no_dist=not dist.is_initialized())     # in place, whatever the ranks were
+        set_state_dict(self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+        if self.ranks.rank:
+            self.sums.zero_()       # they were summed over the ranks
+        self.step, self.seconds, self.bad = state["step"], state["seconds"], state["bad"]
+        return True
+
+    def save(self, status):
+        """Writes a checkpoint and drops the oldest; marks the training as finished or to be continued."""
+        place = os.path.join(self.folder, f"step-{self.step:08d}")
+        tensors = self._tensors()
+        tensors["sums"] = sum_over_ranks(self.sums.clone())
+        dcp.save(tensors, checkpoint_id=f"{place}.tmp", no_dist=not dist.is_initialized())
+        if self.ranks.rank == 0:
+            state = {"step": self.step, "seconds": self.seconds, "bad": self.bad, "identity": self.identity}
+            with open(os.path.join(f"{place}.tmp", "state.json"), "w") as f:
+                json.dump(state, f, indent=1)
+            shutil.rmtree(place, ignore_errors=True)
+            os.rename(f"{place}.tmp", place)
+            for old in self.checkpoints()[:-KEEP]:
+                shutil.rmtree(old)
+            with atomic(os.path.join(self.folder, "status")) as temporary, open(temporary, "w") as f:
+                f.write(f"{status} {self.step}\n")
+        barrier()
+
+    def export(self, path, images, **info):
+        """Writes the averaged weights as a model file (rank 0)."""
+        if self.ranks.rank == 0:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.train.export]
+            flops = 3 * self.model.flops() * images
+            models.save(path, self.model.config, self.ema, dtype, step=self.step, images=images, flops=flops, **info)
+
+
+# ---- the log ------------------------------------------------------------------------------------------------------
+
+class Log:
+    """RUN/logs/NAME.csv, on rank 0. A resume drops the rows after the step that it resumes from."""
+
+    def __init__(self, state, columns):
+        self.path = os.path.join(state.run, "logs", f"{state.name}.csv")
+        self.columns, self.bar = columns, None
+        if state.ranks.rank:
+            return
+        rows = []
+        if state.resumed and os.path.exists(self.path):
+            with open(self.path, newline="") as f:
+                rows = [row for row in csv.DictReader(f) if row["step"].isdigit() and int(row["step"]) <= state.step]
+        with atomic(self.path) as temporary, open(temporary, "w", newline="") as f:
+            writer = csv.DictWriter(f, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        self.bar = progress(desc=state.name, total=state.train.steps, initial=state.step)
+
+    def row(self, **values):
+        if self.bar is not None:
+            with open(self.path, "a", newline="") as f:
+                csv.DictWriter(f, self.columns).writerow(values)
+            self.bar.set_postfix_str(f"loss {values['loss']}, {values['images_per_s']} images/s", refresh=False)
+
+
+# ---- the loop -----------------------------------------------------------------------------------------------------
+
+class _Step:
+    def __init__(self, state, loader, micro_batches, share, autocast):
+        self.state, self.loader, self.count, self.share, self.autocast = state, loader, micro_batches, share, autocast
+
+    def batches(self):
+        """This rank's micro-batches of the step, on its device; gradients are summed over ranks in the last one alone."""
+        device = self.state.ranks.device
+        for i in range(self.count):
+            batch = next(self.loader)
+            self.state.sums[4] += len(batch["bad"])
+            for line in batch["bad"]:
+                print(f"warning: {line}; another takes its place", file=sys.stderr)
+            batch = SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "bad"})
+            if self.state.ranks.world > 1:
+                self.state.compiled.require_backward_grad_sync = i == self.count - 1
+            yield batch
+
+    def model(self, x_t, t, c):
+        with self.autocast:
+            return self.state.compiled(x_t, t, c)
+
+    def backward(self, loss, t, shown=None):
+        """Adds the gradient of loss [B], as a share of the mean over the global batch. `shown` [B] is what the log gives by t."""
+        (loss.sum() / self.share).backward()
+        bins = (t * BINS).long().clamp(max=BINS - 1)
+        shown = (loss if shown is None else shown).detach().double()
+        sums = self.state.sums
+        sums[0] += loss.detach().double().sum()
+        sums[1] += len(loss)
+        sums[5:5 + BINS].index_add_(0, bins, shown)
+        sums[5 + BINS:].index_add_(0, bins, torch.ones_like(shown))
+
+    def update(self):
+        """Clips, steps AdamW, moves the average: ema <- d ema + (1 - d) weights, with d = min(ema, (1 + n) / (10 + n))."""
+        state, train = self.state, self.state.train
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.clip or float("inf"))
+        if state.ranks.rank == 0:
+            state.sums[2] += norm.double()
+            state.sums[3] += 1
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        decay = min(train.ema, (1 + state.step) / (10 + state.step))
+        weights = [p.detach() for p in state.model.parameters()]
+        torch._foreach_lerp_(list(state.ema.values()), weights, 1 - decay)
+
+
+def learning_rate(train, step):
+    """lr of step 0..steps-1: linear warm-up, constant, linear decay over the last `decay` steps."""
+    up = min(1.0, (step + 1) / train.warmup) if train.warmup else 1.0
+    down = min(1.0, (train.steps - step) / train.decay) if train.decay else 1.0
+    return train.lr * up * down
+
+
+def _ignore_signals(_):
+    """Decoding processes leave SIGTERM and Ctrl-C to their rank, which finishes its step and still needs them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def steps(state, data, config, batch, shown):
+    """Yields a _Step for each optimiser step from the state's to train.steps, on global batches of `batch` images.
+
+    shown: "loss" or "acc", the name of what the log gives by noise level. The script calls batches, backward and update, and
+    exports the weights where step.save says so; then this saves a checkpoint, if it is time or SIGTERM came, and logs.
+    UserError if the batch does not divide over the ranks, or too many samples cannot be read.
+    """
+    train, ranks = state.train, state.ranks
+    if batch % ranks.world:
+        raise UserError(f"a batch of {batch} cannot be shared by {ranks.world} ranks: change train.batch or --nproc_per_node")
+    share = batch // ranks.world
+    micro = min(train.micro_batch or share, share)
+    count = -(-share // micro)
+    if ranks.rank == 0:
+        print(f"{state.name}: {sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters, {len(data)} images, "
+              f"batch {batch} = {ranks.world} ranks x {share} in micro-batches of {micro}, "
+              f"{train.steps} steps = {train.steps * batch / len(data):.1f} epochs; "
+              + (f"resumed at step {state.step}" if state.resumed else "from scratch"), flush=True)
+    if state.step >= train.steps:
+        if ranks.rank == 0:
+            print(f"{state.name} is finished at step {state.step}; a larger --train.steps would go on")
+        return
+
+    def positions():
+        for n in range(state.step, train.steps):
+            mine = range(n * batch + ranks.rank * share, n * batch + (ranks.rank + 1) * share)
+            yield from (list(mine[i:i + micro]) for i in range(0, share, micro))
+
+    workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, (os.cpu_count() or 1) // ranks.world - 1))
+    cuda = ranks.device.type == "cuda"
+    loader = iter(torch.utils.data.DataLoader(
+        data, batch_sampler=positions(), num_workers=workers, collate_fn=collate, worker_init_fn=_ignore_signals,
+        pin_memory=cuda, prefetch_factor=4 if workers else None))
+    bf16 = train.precision == "bf16" or train.precision == "auto" and cuda
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16)
+
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    log = Log(state, ["step", "time", "loss", "lr", "grad_norm", "images_per_s", "images", "flops", "bad"]
+              + [f"{shown}_t{i}" for i in range(BINS)])
+    state.model.train()
+    since, images = time.monotonic(), 0
+    while state.step < train.steps:
+        step = _Step(state, loader, count, batch / ranks.world, autocast)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr = learning_rate(train, state.step)
+        # known before the step, so that all ranks do the same; the sum is through gloo and waits for no GPU
+        stopping = bool(sum_over_ranks(torch.tensor(float(len(stop))))) if ranks.world > 1 else bool(stop)
+        step.save = (state.step + 1) % train.save_every == 0 or state.step + 1 == train.steps or stopping
+        step.sample = train.sample_every and (state.step + 1) % train.sample_every == 0 or state.step + 1 == train.steps
+        yield step
+
+        images += batch
+        if state.step % train.log_every == 0 or state.step == train.steps:
+            total = sum_over_ranks(state.sums.clone()).tolist()
+            state.sums.zero_()
+            now = time.monotonic()
+            state.seconds, speed = state.seconds + now - since, images / (now - since)
+            since, images = now, 0
+            state.bad += int(total[4])
+            if state.bad > 10 and state.bad > config.data.max_bad * batch * state.step:
+                raise UserError(f"{state.bad} samples of {batch * state.step} could not be read, "
+                                f"more than data.max_bad = {config.data.max_bad} of them")
+            by_t = {f"{shown}_t{i}": f"{s / n:.5f}" if n else ""
+                    for i, (s, n) in enumerate(zip(total[5:5 + BINS], total[5 + BINS:]))}
+            log.row(step=state.step, time=f"{state.seconds:.1f}", loss=f"{total[0] / total[1]:.6f}", lr=f"{lr:.3g}",
+                    grad_norm=f"{total[2] / total[3]:.5f}", images_per_s=f"{speed:.1f}", images=state.step * batch,
+                    flops=3 * state.model.flops() * state.step * batch, bad=state.bad, **by_t)
+        if log.bar is not None:
+            log.bar.update()
+        if step.save:
+            state.save(FINISHED if state.step == train.steps else UNFINISHED)
+        if stopping and state.step < train.steps:
+            if ranks.rank == 0:
+                print(f"{state.name}: stopped by a signal, saved at step {state.step}; run the same command to go on", flush=True)
+            break
+    if log.bar is not None:
+        log.bar.close()
+
+
+# ---- pictures while training --------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample_grid(state, config, data, side=4, solver_steps=25):
+    """Pictures [side*side,S,S,3] uint8 from one expert's averaged weights, for the first conditions of its data (rank 0)."""
+    x = torch.stack([torch.randn(data.noise_shape, generator=torch.Generator().manual_seed(i)) for i in range(side * side)])
+    items = [data[i] for i in range(side * side)]
+    c = None if config.data.condition == "none" else torch.stack([item["c"] for item in items]).to(state.ranks.device)
+    null, w, objective = models.null_condition(state.model.config, c), config.sample.cfg, config.flow.objective
+
+    def velocity(x_t, time):
+        t = torch.full((len(x_t),), time, device=x_t.device)
+        v = [flow.to_velocity(torch.func.functional_call(state.model, state.ema, (x_t, t, cond)), x_t, t, objective)
+             for cond in ((c,) if c is None or w == 1 else (c, null))]
+        return v[0] if len(v) == 1 else flow.guide(v[0], v[1], w)
+
+    *_, x = flow.integrate(velocity, x.to(state.ranks.device), flow.time_grid(solver_steps, config.flow.shift), config.sample.solver)
+    return to_uint8(x).cpu().numpy()
