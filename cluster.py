@@ -1,7 +1,7 @@
 """Stage 1: images -> features -> k-means -> K partitions of the data, each a folder of tar shards.
 
     python cluster.py --data 'data/shapes/*.tar' --run runs/demo --config configs/demo.toml
-    torchrun --nproc_per_node=8 cluster.py --data 'data/laion/*.tar' --run runs/laion --config configs/laion.toml --experts 8
+    torchrun --nproc_per_node=8 -- cluster.py --data 'data/laion/*.tar' --run runs/laion --config configs/laion.toml --experts 8
 
 reads   the tars, as img2dataset writes them (data.py)
 writes  RUN/config.toml                the experiment: --config with the flags over it; later stages read it

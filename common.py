@@ -96,6 +96,9 @@ CONFIG["train.router"] = {key: (None, f"{entry[1]} ([train]'s if not given)", *e
 CONFIG["train.router"]["steps"] = (0, "optimiser steps (0: so many that the router costs 4% of the training FLOPs)")
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
 class UserError(Exception):
     """Something the user got wrong: one line that names it, both values and the remedy."""
 
@@ -129,11 +132,11 @@ def _checked(name, value, entry):
         try:
             value = {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)
         except (KeyError, ValueError):
-            raise UserError(f"{name} = {value!r} is not a {type(default).__name__}") from None
+            raise UserError(f"{name} = {value!r} is not {KINDS[type(default)]}") from None
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(default):
-        raise UserError(f"{name} = {value!r} is not a {type(default).__name__}")
+        raise UserError(f"{name} = {value!r} is not {KINDS[type(default)]}")
     if choices and value not in choices:
         raise UserError(f"{name} = {value!r} is not one of {', '.join(repr(c) for c in choices)}")
     return value

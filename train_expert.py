@@ -1,6 +1,6 @@
 """Stage 2: trains the expert of one cluster, on that cluster's shards alone; no node needs to know of another.
 
-    torchrun --nproc_per_node=8 train_expert.py --run runs/laion --shard 3     # one node, eight GPUs
+    torchrun --nproc_per_node=8 -- train_expert.py --run runs/laion --shard 3     # one node, eight GPUs
     python train_expert.py --run runs/demo --shard 3                           # one GPU, or a CPU
     python train_expert.py --run runs/demo --shard all                         # the monolith, to compare with
 

@@ -1,6 +1,6 @@
 """Stage 3: trains the router p(k | x_t, t, c) on a uniform subset of the data, each picture with its cluster's number.
 
-    torchrun --nproc_per_node=8 train_router.py --run runs/laion
+    torchrun --nproc_per_node=8 -- train_router.py --run runs/laion
     python train_router.py --run runs/demo
 
 reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/router/*.tar

@@ -197,6 +197,14 @@ class Log:
                 csv.DictWriter(f, self.columns).writerow(values)
             self.bar.set_postfix_str(f"loss {values['loss']}, {values['images_per_s']} images/s", refresh=False)
 
+    def update(self):
+        if self.bar is not None:
+            self.bar.update()
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
 
 # ---- the loop -----------------------------------------------------------------------------------------------------
 
@@ -303,42 +311,43 @@ def steps(state, data, config, batch, shown):
               + [f"{shown}_t{i}" for i in range(BINS)])
     state.model.train()
     since, images = time.monotonic(), 0
-    while state.step < train.steps:
-        step = _Step(state, loader, count, batch / ranks.world, autocast)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr = learning_rate(train, state.step)
-        # known before the step, so that all ranks do the same; the sum is through gloo and waits for no GPU
-        stopping = bool(sum_over_ranks(torch.tensor(float(len(stop))))) if ranks.world > 1 else bool(stop)
-        step.save = (state.step + 1) % train.save_every == 0 or state.step + 1 == train.steps or stopping
-        step.sample = train.sample_every and (state.step + 1) % train.sample_every == 0 or state.step + 1 == train.steps
-        yield step
+    try:
+        while state.step < train.steps:
+            step = _Step(state, loader, count, batch / ranks.world, autocast)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr = learning_rate(train, state.step)
+            # known before the step, so that all ranks do the same; the sum is through gloo and waits for no GPU
+            stopping = bool(sum_over_ranks(torch.tensor(float(len(stop)))))
+            step.save = (state.step + 1) % train.save_every == 0 or state.step + 1 == train.steps or stopping
+            step.sample = train.sample_every and (state.step + 1) % train.sample_every == 0 or state.step + 1 == train.steps
+            yield step
 
-        images += batch
-        if state.step % train.log_every == 0 or state.step == train.steps:
-            total = sum_over_ranks(state.sums.clone()).tolist()
-            state.sums.zero_()
-            now = time.monotonic()
-            state.seconds, speed = state.seconds + now - since, images / (now - since)
-            since, images = now, 0
-            state.bad += int(total[4])
-            if state.bad > 10 and state.bad > config.data.max_bad * batch * state.step:
-                raise UserError(f"{state.bad} samples of {batch * state.step} could not be read, "
-                                f"more than data.max_bad = {config.data.max_bad} of them")
-            by_t = {f"{shown}_t{i}": f"{s / n:.5f}" if n else ""
-                    for i, (s, n) in enumerate(zip(total[5:5 + BINS], total[5 + BINS:]))}
-            log.row(step=state.step, time=f"{state.seconds:.1f}", loss=f"{total[0] / total[1]:.6f}", lr=f"{lr:.3g}",
-                    grad_norm=f"{total[2] / total[3]:.5f}", images_per_s=f"{speed:.1f}", images=state.step * batch,
-                    flops=3 * state.model.flops() * state.step * batch, bad=state.bad, **by_t)
-        if log.bar is not None:
-            log.bar.update()
-        if step.save:
-            state.save(FINISHED if state.step == train.steps else UNFINISHED)
-        if stopping and state.step < train.steps:
-            if ranks.rank == 0:
-                print(f"{state.name}: stopped by a signal, saved at step {state.step}; run the same command to go on", flush=True)
-            break
-    if log.bar is not None:
-        log.bar.close()
+            images += batch
+            if state.step % train.log_every == 0 or state.step == train.steps:
+                total = sum_over_ranks(state.sums.clone()).tolist()
+                state.sums.zero_()
+                now = time.monotonic()
+                state.seconds, speed = state.seconds + now - since, images / (now - since)
+                since, images = now, 0
+                state.bad += int(total[4])
+                read = state.step * batch + state.bad
+                if state.bad > 10 and state.bad > config.data.max_bad * read:
+                    raise UserError(f"{state.bad} of {read} samples could not be used, more than data.max_bad = {config.data.max_bad} of them: "
+                                    f"see the warnings above")
+                by_t = {f"{shown}_t{i}": f"{s / n:.5f}" if n else ""
+                        for i, (s, n) in enumerate(zip(total[5:5 + BINS], total[5 + BINS:]))}
+                log.row(step=state.step, time=f"{state.seconds:.1f}", loss=f"{total[0] / total[1]:.6f}", lr=f"{lr:.3g}",
+                        grad_norm=f"{total[2] / total[3]:.5f}", images_per_s=f"{speed:.1f}", images=state.step * batch,
+                        flops=3 * state.model.flops() * state.step * batch, bad=state.bad, **by_t)
+            log.update()
+            if step.save:
+                state.save(FINISHED if state.step == train.steps else UNFINISHED)
+            if stopping and state.step < train.steps:
+                if ranks.rank == 0:
+                    print(f"{state.name}: stopped by a signal, saved at step {state.step}; run the same command to go on", flush=True)
+                break
+    finally:
+        log.close()
 
 
 # ---- pictures while training --------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def command(*args, ranks=0, check=True, **options):
     """Runs one of the scripts as a user would, on the CPU; -> CompletedProcess with text output."""
     launcher = [sys.executable]
     if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]     # without the dashes torchrun takes our --run for its --run-path
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *map(str, args)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options)
     assert not check or done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The whole method in ten minutes on two CPU cores: a drawn data set, four isolated experts, a router, samples from prompts.
+# Reads as a tutorial; every line can be typed by hand. `make demo` installs what it needs first.
+set -euo pipefail
+cd "$(dirname "$0")"
+RUN=runs/demo
+export CUDA_VISIBLE_DEVICES=          # this size is faster on a CPU, and the same everywhere
+
+# 0. The data: 6,000 captioned pictures ("a red circle") as tar shards, the layout that img2dataset writes.
+python data.py --out data/shapes --images 6000 --size 16
+
+# 1. Cluster: features, k-means, and a folder of shards for each of four experts. Look at runs/demo/clusters.png.
+python cluster.py --data 'data/shapes/*.tar' --run $RUN --config configs/demo.toml
+
+# 2. Train the experts. They never talk to each other, so here two run at a time, a core each; on four nodes it would be a line each.
+export OMP_NUM_THREADS=1
+python train_expert.py --run $RUN --shard 0 &
+python train_expert.py --run $RUN --shard 1
+wait $!
+python train_expert.py --run $RUN --shard 2 &
+python train_expert.py --run $RUN --shard 3
+wait $!
+unset OMP_NUM_THREADS
+
+# 3. Train the router: which expert does a noisy picture belong to?
+python train_router.py --run $RUN
+
+# 4. Sample: four pictures of each of 24 prompts; under each the expert that drew it.
+for colour in red green blue yellow purple white; do
+    for shape in circle square triangle cross; do echo "a $colour $shape"; done
+done > $RUN/prompts.txt
+python sample.py --run $RUN --prompts $RUN/prompts.txt --n 4 --out $RUN/samples/demo
+
+# 5. Does each picture show what its prompt says? (A check by colour and shape that shares no code with the drawing.)
+python bench/check_shapes.py $RUN/samples/demo
+echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at $RUN/clusters.png and $RUN/samples/demo/grid.png."

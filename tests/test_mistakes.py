@@ -1,0 +1,186 @@
+"""What a user's mistake gets: one line that names it, both values and the remedy; exit code 2; nothing changed, no traceback."""
+import os
+import re
+import shutil
+import tomllib
+
+import pytest
+from conftest import ROOT, command
+
+import common
+
+
+def refused(*args, says, **options):
+    done = command(*args, check=False, **options)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1] == lines[0]
+    for words in says:
+        assert words in lines[0], lines[0]
+
+
+def listing(folder):
+    return sorted((os.path.join(d, f), os.stat(os.path.join(d, f)).st_mtime_ns) for d, _, files in os.walk(folder) for f in files)
+
+
+def test_a_glob_that_matches_nothing(tmp_path):
+    refused("cluster.py", "--data", tmp_path / "*.tar", "--run", tmp_path / "run", says=["no tar matches", str(tmp_path / "*.tar")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_inputs_of_one_name(tars, tmp_path):
+    shutil.copytree(tars, tmp_path / "b")
+    refused("cluster.py", "--data", tars / "*.tar", tmp_path / "b" / "*.tar", "--run", tmp_path / "run", says=["two tars are named 00000.tar"])
+
+
+def test_a_shard_that_does_not_exist(clustered):
+    before = listing(clustered)
+    refused("train_expert.py", "--run", clustered, "--shard", 7, says=["no shard '7'", "there are 0, 1, 2"])
+    assert listing(clustered) == before
+
+
+def test_a_run_that_does_not_exist(tmp_path):
+    refused("train_expert.py", "--run", tmp_path / "none", "--shard", 0, says=["no run at", "cluster.py"])
+    refused("train_router.py", "--run", tmp_path / "none", says=["no run at", "cluster.py"])
+    refused("sample.py", "--run", tmp_path / "none", "--prompt", "x", says=["no expert in", "train_expert.py"])
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[train]\nstep = 5", ["unknown key train.step", "did you mean train.steps?"]),
+    ("[trian]\nsteps = 5", ["unknown table [trian]", "did you mean train?"]),
+    ("[train.router]\nstepz = 5", ["unknown key train.router.stepz", "train.router.steps"]),
+    ("[train]\nsteps = 'many'", ["train.steps = 'many' is not a whole number"]),
+    ("[train]\nsteps = 1.5", ["train.steps = 1.5 is not a whole number"]),
+    ("[data]\ncondition = 'txt'", ["data.condition = 'txt' is not one of 'none', 'class', 'text'"]),
+    ("[features]\nname = 'facebook/dinov2-large'", ["features.name = 'facebook/dinov2-large' is not one of 'pixels'"]),
+    ("steps = 5", ["unknown key steps"]),
+    ("[train\n", ["cannot read config"]),
+])
+def test_a_wrong_config_file(tmp_path, text, says):
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(common.UserError) as error:
+        common.read_toml(tmp_path / "x.toml")
+    assert all(words in str(error.value) and "\n" not in str(error.value) for words in says), error.value
+
+
+def test_a_misspelt_key_in_the_config_and_on_the_command_line(tars, tmp_path):
+    (tmp_path / "x.toml").write_text("[data]\nsise = 8\n")
+    refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", tmp_path / "x.toml", says=["data.sise", "data.size"])
+    refused("train_expert.py", "--shard", 0, "--train.stps", 5, says=["unknown argument --train.stps", "did you mean --train.steps?"])
+    refused("train_expert.py", "--shard", 0, "--train.lr", "fast", says=["train.lr = 'fast' is not a number"])
+    refused("train_expert.py", says=["--shard"])
+
+
+def test_more_experts_than_fine_clusters(tars, config, tmp_path):
+    refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--experts", 7,
+            says=["7 experts", "there are 6", "cluster.fine = 6", "240"])
+    # the call that failed left nothing that stands in the way of the next one
+    command("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--experts", 2)
+
+
+def test_an_empty_cluster(config, tmp_path):
+    """160 copies of two pictures have no four clusters."""
+    import io
+
+    from data import TarWriter, draw_shape, np
+    with TarWriter(str(tmp_path / "same.tar")) as tar:
+        for i in range(160):
+            png = io.BytesIO()
+            draw_shape(np.random.default_rng(i % 2), 8)[0].save(png, "PNG")
+            tar.add(f"{i:04d}.png", png.getvalue())
+            tar.add(f"{i:04d}.txt", b"x")
+    refused("cluster.py", "--data", tmp_path / "same.tar", "--run", tmp_path / "run", "--config", config, "--experts", 4, "--cluster.fine", 4,
+            says=["of 4 is empty", "fewer --experts"])
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_run_made_with_another_config_or_of_other_data(tars, config, clustered, tmp_path):
+    before = listing(clustered)
+    refused("cluster.py", "--data", tars / "*.tar", "--run", clustered, "--config", config, "--train.lr", 0.5,
+            says=["made with another config", "train.lr 0.001 / 0.5"])
+    refused("cluster.py", "--data", tars / "00000.tar", "--run", clustered, says=["clustered from other data", "3 tars, now 1"])
+    assert listing(clustered) == before
+
+
+def test_a_partition_whose_clusters_are_gone(tars, clustered, tmp_path):
+    run = shutil.copytree(clustered, tmp_path / "run")
+    os.remove(run / "clusters.safetensors")
+    refused("cluster.py", "--data", tars / "*.tar", "--run", run, says=["clusters.safetensors is missing"])
+    refused("train_expert.py", "--run", run, "--shard", 0, says=["clusters.safetensors"])
+
+
+def test_an_image_size_that_the_patch_does_not_divide(clustered):
+    refused("train_expert.py", "--run", clustered, "--shard", 0, "--data.size", 9, says=["size 9", "patch 2", "data.size"])
+
+
+def test_a_batch_that_does_not_divide(clustered, tmp_path):
+    refused("train_expert.py", "--run", clustered, "--shard", 0, "--train.batch", 25, says=["train.batch = 25", "3 experts"])
+    run = shutil.copytree(clustered, tmp_path / "run")
+    done = command("train_router.py", "--run", run, "--train.batch", 25, ranks=2, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "25 cannot be shared by 2 ranks" in lines[0]      # torchrun makes 1 of any code
+
+
+def test_a_preset_and_a_device_that_do_not_exist(clustered):
+    refused("train_expert.py", "--run", clustered, "--shard", 0, "--model.preset", "DiT-M/2", says=["DiT-M/2", "DiT-B/2"])
+    refused("train_expert.py", "--run", clustered, "--shard", 0, "--device", "tpu", says=["tpu"])
+
+
+def test_a_checkpoint_of_other_settings(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    refused("train_expert.py", "--run", run, "--shard", 0, "--train.seed", 1, "--model.dim", 64,
+            says=["train.seed 0 / 1", "model.dim 32 / 64", "delete"])
+
+
+def test_models_that_do_not_fit_together(trained, tmp_path):
+    import model as models
+    run = shutil.copytree(trained, tmp_path / "run")
+    path = run / "experts" / "1.safetensors"
+    network, info = models.load(path)
+    info.pop("model")
+    models.save(path, network.config, network.state_dict(), **info | {"fingerprint": "0123"})
+    refused("sample.py", "--run", run, "--prompt", "x", says=["1.safetensors", "do not fit together", "fingerprint", "'0123'", info["fingerprint"]])
+    path.write_bytes(b"garbage")
+    refused("sample.py", "--run", run, "--prompt", "x", says=["1.safetensors is not a model"])
+
+
+def test_wrong_wishes_of_sample(trained, tmp_path):
+    for flags, says in ((["--prompt", "x", "--strategy", "best"], ["strategy 'best'", "top-K", "full", "once"]),
+                        (["--class", 3], ["condition = text", "--prompt"]),
+                        ([], ["--prompt TEXT"]),
+                        (["--prompt", "x", "--n", 0], ["--n 0"]),
+                        (["--prompts", tmp_path / "none.txt"], ["none.txt"])):
+        refused("sample.py", "--run", trained, "--out", tmp_path / "out", *flags, says=says)
+    assert not (tmp_path / "out").exists()
+    run = shutil.copytree(trained, tmp_path / "run")
+    os.remove(run / "router.safetensors")
+    refused("sample.py", "--run", run, "--prompt", "x", says=["router.safetensors is missing", "train_router.py"])
+    shutil.rmtree(run / "experts")
+    refused("sample.py", "--run", run, "--prompt", "x", "--monolith", says=["all.safetensors is missing", "--shard all"])
+
+
+# ---- the config itself --------------------------------------------------------------------------------------------
+
+def test_demo_toml_explains_every_key():
+    """Every key stands in configs/demo.toml with a comment of its own; [train.router] has what differs."""
+    path = os.path.join(ROOT, "configs", "demo.toml")
+    text = open(path).read()
+    given = common.read_toml(path)
+    for table, keys in common.CONFIG.items():
+        for key in keys if table != "train.router" else []:
+            assert f"{table}.{key}" in given
+            assert re.search(rf"^{key} = .*# \S", text, re.M), key
+
+
+def test_a_config_survives_writing_and_reading(tmp_path):
+    config = common.make_config({"train.lr": 3e-5, "data.flip": False, "features.name": "pixels", "train.router.steps": 7, "sample.strategy": "top-2"})
+    common.write_toml(config, tmp_path / "c.toml")
+    assert common.flat(common.make_config(common.read_toml(tmp_path / "c.toml"))) == common.flat(config)
+    assert tomllib.loads((tmp_path / "c.toml").read_text())["train"]["router"]["steps"] == 7
+
+
+@pytest.mark.parametrize("script", ["data.py", "cluster.py", "train_expert.py", "train_router.py", "sample.py"])
+def test_help_says_what_a_script_reads_and_writes(script):
+    text = command(script, "--help").stdout
+    assert script in text and (script == "data.py" or ("reads " in text and "writes " in text))

@@ -1,0 +1,388 @@
+"""The commands themselves, as a user runs them, on a tiny data set."""
+import csv
+import glob
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import flow
+import model as models
+from ensemble import Ensemble
+
+
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def rows(run, name):
+    with open(os.path.join(run, "logs", f"{name}.csv"), newline="") as f:
+        return [{k: v for k, v in row.items() if k not in ("time", "images_per_s")} for row in csv.DictReader(f)]
+
+
+def same_tensors(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def members(folder):
+    """{member name: bytes} of all tars in a folder."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(folder, "*.tar"))):
+        with tarfile.open(path) as tar:
+            for m in tar:
+                assert m.name not in found
+                found[m.name] = tar.extractfile(m).read()
+    return found
+
+
+def tree(folder):
+    """{relative path: bytes} of a partition's files."""
+    paths = [p for pattern in ("shards/*/*.tar", "clusters.*", "config.toml") for p in glob.glob(os.path.join(folder, pattern))]
+    return {os.path.relpath(p, folder): open(p, "rb").read() for p in paths}
+
+
+# ---- stage 1 ------------------------------------------------------------------------------------------------------
+
+def test_partition_holds_every_member_of_every_sample_once_byte_for_byte(tars, clustered):
+    parts = [members(clustered / "shards" / str(k)) for k in range(3)]
+    assert all(parts)
+    together = {name: payload for part in parts for name, payload in part.items()}
+    assert sum(map(len, parts)) == len(together)        # disjoint
+    assert together == members(tars)
+
+
+def test_router_s_shard_is_all_of_a_small_set_with_each_sample_s_cluster(tars, clustered):
+    router = members(clustered / "shards" / "router")
+    clusters = {name: int(payload) for name, payload in router.items() if name.endswith(".cluster")}
+    assert {n: p for n, p in router.items() if not n.endswith(".cluster")} == members(tars)
+    for k in range(3):
+        keys = {n[:-4] for n in members(clustered / "shards" / str(k)) if n.endswith(".png")}
+        assert keys == {n[:-8] for n, cluster in clusters.items() if cluster == k}
+
+
+def test_router_s_subset_is_exactly_as_large_as_configured_and_in_the_data_s_proportions(tars, config, tmp_path):
+    run = tmp_path / "run"
+    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--cluster.router_images", 120)
+    labels = [int(p) for n, p in members(run / "shards" / "router").items() if n.endswith(".cluster")]
+    counts = load_file(run / "clusters.safetensors")["counts"]
+    assert len(labels) == 120 and counts.sum() == 240
+    assert np.abs(np.bincount(labels, minlength=3) / 120 - counts.numpy() / 240).max() < 0.12     # 2.7 standard deviations
+    assert labels != sorted(labels)
+
+
+def test_clusters_file_has_what_the_design_promises(clustered, tars):
+    tensors = load_file(clustered / "clusters.safetensors")
+    F, D = tensors["fine_centroids"].shape
+    assert F == 6 and tensors["coarse_centroids"].shape == (3, D) and tensors["fine_to_coarse"].shape == (6,)
+    with safe_open(clustered / "clusters.safetensors", "pt") as f:
+        assert list(f.metadata()) == ["nanoddm"]
+        metadata = json.loads(f.metadata()["nanoddm"])
+    assert {"fingerprint", "extractor", "seed", "assign"} <= metadata.keys()
+    features = load_file(clustered / "features" / "00000.safetensors")
+    assert features["features"].shape == (100, D) and features["features"].dtype == torch.float16
+    # the images of a cluster are those whose features are nearest to its coarse centroid
+    nearest = torch.cdist(features["features"].double(), tensors["coarse_centroids"].double()).argmin(1)
+    with tarfile.open(tars / "00000.tar") as tar:
+        keys = {m.offset: m.name[:-4] for m in tar if m.name.endswith(".png")}
+    for k in range(3):
+        with tarfile.open(clustered / "shards" / str(k) / "00000.tar") as tar:
+            assert {n[:-4] for n in tar.getnames()} == {keys[o] for o, c in zip(features["offsets"].tolist(), nearest) if c == k}
+    assert Image.open(clustered / "clusters.png").width > 500
+
+
+def test_partition_is_the_same_on_two_ranks(tars, config, clustered, tmp_path):
+    command("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, ranks=2)
+    assert tree(tmp_path / "run") == tree(clustered)
+
+
+def test_interrupted_clustering_goes_on_and_ends_the_same(tars, config, clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    os.remove(run / "features" / "00001.safetensors")
+    (run / "features" / "00002.safetensors").write_bytes(b"damaged")
+    os.remove(run / "shards" / "1" / "00002.tar")
+    os.remove(run / "clusters.png")
+    kept = os.stat(run / "shards" / "1" / "00000.tar").st_mtime_ns
+    command("cluster.py", "--data", tars / "*.tar", "--run", run)
+    assert tree(run) == tree(clustered) and os.stat(run / "shards" / "1" / "00000.tar").st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("rule", ["fine", "random"])
+def test_other_rules_of_assignment(tars, config, clustered, tmp_path, rule):
+    run = tmp_path / "run"
+    done = command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--cluster.assign", rule)
+    tensors, old = load_file(run / "clusters.safetensors"), load_file(clustered / "clusters.safetensors")
+    assert torch.equal(tensors["coarse_centroids"], old["coarse_centroids"])
+    assert "fingerprint" in done.stdout
+    if rule == "random":
+        assert tensors["counts"].min() > 50     # of 80 expected
+    else:
+        features = torch.cat([load_file(p)["features"] for p in sorted(glob.glob(str(run / "features" / "*")))])
+        fine = torch.cdist(features.double(), tensors["fine_centroids"].double()).argmin(1)
+        assert torch.equal(tensors["fine_to_coarse"][fine].bincount(minlength=3), tensors["counts"])
+    read = lambda r: json.loads(safe_open(r / "clusters.safetensors", "pt").metadata()["nanoddm"])["fingerprint"]
+    assert read(run) != read(clustered)
+
+
+def test_unusable_samples_are_left_out_and_counted_by_cause(tars, config, tmp_path):
+    from data import TarWriter
+    folder = tmp_path / "in"
+    shutil.copytree(tars, folder)
+    with TarWriter(str(folder / "bad.tar")) as tar:
+        tar.add("a.png", b"no picture")
+        tar.add("a.txt", b"a caption")
+        tar.add("b.txt", b"no picture at all")
+        tar.add("c.png", members(tars)["000000000.png"])
+    torn = (tars / "00000.tar").read_bytes()[:20 * 2048 + 700]
+    (folder / "torn.tar").write_bytes(torn)
+    done = command("cluster.py", "--data", folder / "0*.tar", folder / "bad.tar", "--run", tmp_path / "run", "--config", config)
+    assert "240 images" in done.stdout
+    assert all(f"1 skipped: {cause}" in done.stdout for cause in ("undecodable", "no image", "no caption"))
+    done = command("cluster.py", "--data", folder / "t*.tar", "--run", tmp_path / "torn", "--config", config, check=False)
+    assert "torn.tar" in done.stderr and "the 20 usable images" in done.stderr
+
+
+# ---- stages 2 and 3 -----------------------------------------------------------------------------------------------
+
+def test_training_writes_what_the_design_promises(trained):
+    _, info = models.load(trained / "experts" / "1.safetensors")
+    assert info["shard"] == "1" and info["step"] == 6 and info["images"] == 6 * 8 and info["objective"] == "x0"
+    assert info["flops"] == 3 * models.load(trained / "experts" / "1.safetensors")[0].flops() * 48
+    assert models.read_info(trained / "experts" / "all.safetensors")["images"] == 6 * 24     # the monolith's batch is the ensemble's
+    router, _ = models.load(trained / "router.safetensors")
+    assert isinstance(router, models.Router) and router.config.clusters == 3
+    fingerprints = {models.read_info(p)["fingerprint"] for p in glob.glob(str(trained / "**" / "*.safetensors"), recursive=True)
+                    if "experts" in p or "router.safe" in p}
+    assert len(fingerprints) == 1
+    for name in ("expert-0", "expert-all", "router"):
+        log = rows(trained, name)
+        assert [r["step"] for r in log] == ["2", "4", "6"] and all(float(r["loss"]) > 0 and float(r["grad_norm"]) > 0 for r in log)
+        assert (trained / "checkpoints" / name / "status").read_text() == "finished 6\n"
+        assert len(os.listdir(trained / "checkpoints" / name)) == 3      # two checkpoints and the status
+    assert "acc_t4" in rows(trained, "router")[0] and "loss_t0" in rows(trained, "expert-0")[0]
+    assert Image.open(trained / "samples" / "expert-0-00000006.png").size[0] > 200
+
+
+def test_finished_training_run_again_changes_nothing(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    done = command("train_expert.py", "--run", run, "--shard", 0)
+    assert "finished at step 6" in done.stdout
+    assert same_tensors(run / "experts" / "0.safetensors", trained / "experts" / "0.safetensors") and rows(run, "expert-0") == rows(trained, "expert-0")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_resumed_training_ends_in_the_same_bits(clustered, tmp_path, how):
+    """Also: the log has the rows of an undisturbed run, and SIGTERM finishes its step and saves."""
+    flags = ["--shard", "0", "--train.steps", "60", "--train.save_every", "7", "--train.log_every", "2"]
+    os.makedirs(tmp_path / "a")
+    os.makedirs(tmp_path / "b")
+    whole, broken = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
+    command("train_expert.py", "--run", whole, *flags)
+    process = subprocess.Popen([sys.executable, "train_expert.py", "--run", broken, *flags], cwd=ROOT, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log, deadline = broken / "logs" / "expert-0.csv", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 6) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    out = process.communicate(timeout=60)[0]
+    status = (broken / "checkpoints" / "expert-0" / "status").read_text()
+    assert status.startswith("to be continued") or int(status.split()[-1]) == 60
+    if how == signal.SIGTERM and not status.startswith("finished"):
+        assert process.returncode == 0 and "stopped by a signal" in out
+        assert f"step {status.split()[-1]};" in out
+    assert "resumed" in command("train_expert.py", "--run", broken, *flags).stdout
+    assert same_tensors(whole / "experts" / "0.safetensors", broken / "experts" / "0.safetensors")
+    assert rows(whole, "expert-0") == rows(broken, "expert-0")
+    assert (whole / "experts" / "0.safetensors").read_bytes() == (broken / "experts" / "0.safetensors").read_bytes()
+
+
+def test_a_checkpoint_cut_short_is_not_chosen(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    folder = run / "checkpoints" / "expert-0"
+    os.rename(folder / "step-00000006", folder / "step-00000006.tmp")      # as it looks while it is written
+    assert "resumed at step 4" in command("train_expert.py", "--run", run, "--shard", 0).stdout
+    assert same_tensors(run / "experts" / "0.safetensors", trained / "experts" / "0.safetensors")
+
+
+@pytest.mark.parametrize("script, name", [(["train_expert.py", "--shard", "all"], "expert-all"), (["train_router.py"], "router")])
+def test_two_ranks_and_micro_batches_give_the_curve_of_one_process(clustered, trained, tmp_path, script, name):
+    run = copy(clustered, tmp_path)
+    command(*script, "--run", run, "--train.micro_batch", 5, ranks=2)
+    for one, two in zip(rows(trained, name), rows(run, name), strict=True):
+        for column in one:
+            # AdamW's first steps are little more than the gradient's signs: rounding shows in its norm before it shows in the loss
+            rel = 1e-2 if column == "grad_norm" else 2e-4
+            assert float(two[column] or 0) == pytest.approx(float(one[column] or 0), rel=rel, abs=1e-5), column
+
+
+def test_a_run_saved_on_two_ranks_goes_on_on_one(clustered, trained, tmp_path):
+    run = copy(clustered, tmp_path)
+    command("train_expert.py", "--shard", "all", "--run", run, "--train.steps", 3, "--train.save_every", 3, ranks=2)
+    done = command("train_expert.py", "--shard", "all", "--run", run)
+    assert "resumed at step 3" in done.stdout
+    one, two = rows(trained, "expert-all"), rows(run, "expert-all")
+    assert float(one[-1]["loss"]) == pytest.approx(float(two[-1]["loss"]), rel=2e-4)
+
+
+def test_an_expert_needs_its_own_folder_alone_and_no_network(clustered, trained, tmp_path):
+    run = copy(clustered, tmp_path)
+    for other in ("0", "1", "router"):
+        shutil.rmtree(run / "shards" / other)
+    shutil.rmtree(run / "features")
+    unshare = ["unshare", "-rn"] if shutil.which("unshare") and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0 else []
+    done = subprocess.run([*unshare, sys.executable, "train_expert.py", "--run", run, "--shard", "2"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    assert (run / "experts" / "2.safetensors").read_bytes() == (trained / "experts" / "2.safetensors").read_bytes()
+
+
+def test_training_learns(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 150, "--train.log_every", 25, "--data.workers", 0)
+    command("train_router.py", "--run", run, "--train.steps", 150, "--train.log_every", 25, "--data.workers", 0)
+    expert, router = rows(run, "expert-0"), rows(run, "router")
+    assert float(expert[-1]["loss"]) < 0.5 * float(expert[0]["loss"])
+    assert float(router[-1]["acc_t0"]) > 0.8 and float(router[-1]["acc_t0"]) > float(router[-1]["acc_t4"]) - 0.05
+
+
+def test_router_s_default_length_is_4_percent_of_the_training_flops(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    done = command("train_router.py", "--run", run, "--train.steps", 0)
+    expert = models.DiT(models.ModelConfig(8, 3, 32, 1, 2, 2, "text", vocab=64, length=4)).flops() * 6 * 24
+    router = models.Router(models.ModelConfig(8, 3, 32, 1, 2, 2, "text", vocab=64, length=4, clusters=3)).flops() * 24
+    steps = int(rows(run, "router")[-1]["step"])
+    assert steps == -(-0.04 * expert // router) and f"{steps} steps" in done.stdout
+
+
+def test_too_many_unreadable_samples_stop_the_training(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    for path in glob.glob(str(run / "shards" / "0" / "*.tar")):
+        data = bytearray(open(path, "rb").read())
+        with tarfile.open(path) as tar:
+            pictures = [m.offset_data for m in tar if m.name.endswith(".png")]
+        for offset in pictures[::2]:
+            data[offset:offset + 8] = bytes(8)
+        open(path, "wb").write(data)
+    done = command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 20, check=False)
+    assert done.returncode == 2 and "data.max_bad = 0.1" in done.stderr.splitlines()[-1]
+    done = command("train_expert.py", "--run", run, "--shard", 0, "--data.max_bad", 0.9)
+    assert int(rows(run, "expert-0")[-1]["bad"]) > 5 and "undecodable" in done.stderr
+
+
+# ---- stage 4 ------------------------------------------------------------------------------------------------------
+
+def sample(run, out, *flags):
+    return command("sample.py", "--run", run, "--prompt", "a red circle", "--prompt", "a blue cross", "--n", 3, "--out", out, *flags)
+
+
+def pictures(folder):
+    return [np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(str(folder / "[0-9]*.png")))]
+
+
+def test_samples_carry_how_they_were_made(trained, tmp_path):
+    sample(trained, tmp_path / "out", "--seed", 5, "--cfg", 2, "--strategy", "top-2", "--solver", "heun")
+    assert sorted(os.listdir(tmp_path / "out")) == [f"{i:04d}.png" for i in range(6)] + ["grid.png"]
+    for i, prompt, seed in ((0, "a red circle", 5), (4, "a blue cross", 6)):
+        text = Image.open(tmp_path / "out" / f"{i:04d}.png").text
+        assert (text["prompt"], text["seed"], text["strategy"], text["guidance"], text["steps"], text["solver"]) == \
+            (prompt, str(seed), "top-2", "2.0", "4", "heun")
+    sample(trained, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").text["prompt"] == "a red circle | a blue cross"
+    # the image's own seed gives it again, alone
+    command("sample.py", "--run", trained, "--prompt", "a blue cross", "--n", 1, "--seed", 6, "--cfg", 2, "--strategy", "top-2",
+            "--solver", "heun", "--out", tmp_path / "one")
+    assert np.abs(pictures(tmp_path / "one")[0] - pictures(tmp_path / "out")[4]).max() <= 1
+
+
+def test_top_K_is_full_and_batch_size_does_not_matter(trained, tmp_path):
+    sample(trained, tmp_path / "full", "--strategy", "full")
+    sample(trained, tmp_path / "top3", "--strategy", "top-3", "--batch", 2)
+    for a, b in zip(pictures(tmp_path / "full"), pictures(tmp_path / "top3"), strict=True):
+        assert np.abs(a - b).max() <= 1
+
+
+@pytest.mark.parametrize("strategy", ["top-1", "once"])
+def test_missing_experts_are_named_and_left_out(trained, tmp_path, strategy):
+    run = copy(trained, tmp_path)
+    os.remove(run / "experts" / "0.safetensors")
+    done = sample(run, tmp_path / "two", "--strategy", strategy)
+    assert "warning: no expert for clusters 0 of 3" in done.stderr and len(pictures(tmp_path / "two")) == 6
+    assert all("0:" not in Image.open(p).text["experts"].split()[0] for p in glob.glob(str(tmp_path / "two" / "0*.png")))
+    os.remove(run / "experts" / "1.safetensors")
+    sample(run, tmp_path / "left", "--strategy", strategy)
+    # the one that is left is the ensemble: whatever the strategy, and also without a router
+    os.remove(run / "router.safetensors")
+    sample(run, tmp_path / "alone", "--strategy", "full")
+    assert all(np.array_equal(a, b) for a, b in zip(pictures(tmp_path / "left"), pictures(tmp_path / "alone"), strict=True))
+
+
+def test_the_monolith_samples_from_its_own_file(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    for k in range(3):
+        os.remove(run / "experts" / f"{k}.safetensors")
+    sample(run, tmp_path / "all", "--monolith")
+    assert len(pictures(tmp_path / "all")) == 6 and Image.open(tmp_path / "all" / "0000.png").text["strategy"] == "monolith"
+
+
+def test_identical_experts_are_one_expert_under_every_strategy(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    for k in (1, 2):
+        shutil.copy(run / "experts" / "0.safetensors", run / "experts" / f"{k}.safetensors")
+    x, u = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.rand(4)
+    c = torch.stack([models.hash_words(p, 4, 64) for p in ("a red circle", "a blue cross", "", "a white square")])
+    results = []
+    for strategy in ("top-1", "top-2", "full", "once"):
+        velocity, used = Ensemble(run, torch.device("cpu")).flow(c, 3.0, strategy, u)
+        *_, y = flow.integrate(velocity, x, flow.time_grid(5))
+        results.append(y)
+        torch.testing.assert_close(used.sum(1), torch.full((4,), 5.0))
+    for y in results[1:]:
+        torch.testing.assert_close(y, results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_top_1_runs_one_expert_forward_a_sample_and_once_asks_the_router_once(trained):
+    team = Ensemble(trained, torch.device("cpu"))
+    forwards, asked = [], []
+    expert, router = team.expert_velocity, team.router
+    team.expert_velocity = lambda k, x, *rest: (forwards.append(len(x)), expert(k, x, *rest))[1]
+    team.router = lambda x, *rest: (asked.append(len(x)), router(x, *rest))[1]
+    x, c = torch.randn(8, 3, 8, 8), torch.stack([models.hash_words("a red circle", 4, 64)] * 8)
+    for strategy, cost, questions in (("top-1", 8, 5), ("top-2", 16, 5), ("full", 24, 5), ("once", 8, 1)):
+        forwards.clear()
+        asked.clear()
+        velocity, used = team.flow(c, 2.0, strategy, torch.rand(8))
+        *_, y = flow.integrate(velocity, x, flow.time_grid(5))
+        assert sum(forwards) == 5 * cost and len(asked) == questions
+        if strategy == "once":      # one expert along the whole path
+            assert sorted(used.flatten().tolist()) == [0.0] * 16 + [5.0] * 8
+
+
+def test_a_class_conditional_run_and_an_unconditional_one_work_end_to_end(tars, config, tmp_path):
+    from data import TarWriter
+    with TarWriter(str(tmp_path / "classes.tar")) as tar:
+        for i, (name, payload) in enumerate(sorted((n, p) for n, p in members(tars).items() if n.endswith(".png"))):
+            tar.add(name, payload)
+            tar.add(name[:-3] + "cls", str(i % 7).encode())
+    for condition, flags in (("class", ["--class", 0, "--class", 6]), ("none", [])):
+        run = tmp_path / condition
+        command("cluster.py", "--data", tmp_path / "classes.tar", "--run", run, "--config", config, "--experts", 2,
+                "--data.condition", condition, "--data.classes", 7)
+        command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 2)
+        shutil.copy(run / "experts" / "0.safetensors", run / "experts" / "1.safetensors")
+        command("train_router.py", "--run", run, "--train.steps", 2)
+        command("sample.py", "--run", run, *flags, "--n", 2, "--out", run / "out")
+        assert len(pictures(run / "out")) == (4 if flags else 2)
+    done = command("sample.py", "--run", tmp_path / "class", "--class", 7, check=False)
+    assert done.returncode == 2 and "--class 7 is not one of 0..6" in done.stderr
