@@ -81,7 +81,7 @@ CONFIG = {
         "export": ("fp32", "dtype of the exported weights", ("fp32", "bf16")),
         "seed": (0, "seed of the initial weights, the order of the data and the noise"),
         "save_every": (1000, "steps between checkpoints"),
-        "sample_every": (0, "steps between sample grids of an expert (0: none but the last)"),
+        "sample_every": (1000, "steps between sample grids of an expert (0: none but the last)"),
         "log_every": (50, "steps between rows of the log"),
     },
     "train.router": {},     # what differs from [train] when the router trains; filled in below
@@ -299,7 +299,7 @@ def progress(iterable=None, **options):
     """tqdm on a terminal, from rank 0 alone; in a log, a plain line every 15 seconds."""
     options["disable"] = os.environ.get("RANK", "0") != "0"
     if not sys.stderr.isatty():
-        options |= {"file": _Lines(), "mininterval": 15, "ascii": True, "ncols": 100,
+        options |= {"file": _Lines(), "mininterval": 15, "ascii": True, "ncols": 200,
                     "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"}
     return tqdm(iterable, **options)
 

@@ -12,16 +12,16 @@ import os
 
 import flow
 import training
-from common import CONFIG, load_run, make_parser, parse, script, start
+from common import load_run, make_parser, parse, script, start
 from data import to_float
 from model import drop_condition
 
 
 def main():
-    parser = make_parser(__doc__, ["train", "data", "router", "text"])
+    parser = make_parser(__doc__, ["train", "train.router", "data", "router", "text"])
     args, given = parse(parser)
     # --train.* is this stage's: it goes over [train.router]
-    given = {n.replace("train.", "train.router.") if n.startswith("train.") else n: v for n, v in given.items()}
+    given = {f"train.router.{n.rpartition('.')[2]}" if n.startswith("train.") else n: v for n, v in given.items()}
     config = load_run(args.run, given)
     train = training.stage_config(config, "router")
     K = config.cluster.experts

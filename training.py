@@ -12,6 +12,7 @@ A stage's loop stays in its script; this file is the generator that it loops ove
 Everything random about a sample is a function of (seed, position in the stream) (data.py), so a run gives the same loss curve,
 up to rounding, on any number of ranks and with any micro-batch, and a resumed run on a CPU the same bits as an undisturbed one.
 """
+import contextlib
 import csv
 import glob
 import json
@@ -20,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -91,6 +93,14 @@ def open_shards(folders, config, train, clusters=False):
 
 # ---- state --------------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def _quiet():
+    """torch warns at each checkpoint of a single process that it is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
 class State:
     """Model, averaged weights, optimiser and counters of one training: all that a checkpoint holds.
 
@@ -105,7 +115,7 @@ class State:
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         # fused: one kernel over all weights
         self.optimizer = torch.optim.AdamW(self.model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
-        self.step, self.seconds, self.bad = 0, 0.0, 0
+        self.step, self.seconds, self.bad, self.warned = 0, 0.0, 0, 0
         # since the last row of the log: loss, images, gradient norms, steps, bad samples; then by bin of t: what is shown, images
         self.sums = torch.zeros(5 + 2 * BINS, dtype=torch.float64, device=ranks.device)
         # what may not change over a resume; the rest, such as steps or micro_batch, may
@@ -114,10 +124,10 @@ class State:
         self.identity |= {"train.seed": train.seed, "train.batch": train.batch, "shard": shard}
         self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
         self.resumed = self._resume()
-        self.compiled = self.model
+        self.wrapped = self.model
         if ranks.world > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.compiled = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
 
     def _tensors(self):
         weights, optimizer = get_state_dict(self.model, self.optimizer)
@@ -137,7 +147,8 @@ class State:
             raise UserError(f"{newest[0]} was made with other settings (there / now: {differences(state['identity'], self.identity)}): "
                             f"use those, or delete {self.folder} to start anew")
         tensors = self._tensors()
-        dcp.load(tensors, checkpoint_id=newest[0], no_dist=not dist.is_initialized())     # in place, whatever the ranks were
+        with _quiet():
+            dcp.load(tensors, checkpoint_id=newest[0], no_dist=not dist.is_initialized())     # in place, whatever the ranks were
         set_state_dict(self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
         if self.ranks.rank:
             self.sums.zero_()       # they were summed over the ranks
@@ -149,7 +160,10 @@ class State:
         place = os.path.join(self.folder, f"step-{self.step:08d}")
         tensors = self._tensors()
         tensors["sums"] = sum_over_ranks(self.sums.clone())
-        dcp.save(tensors, checkpoint_id=f"{place}.tmp", no_dist=not dist.is_initialized())
+        if self.ranks.rank == 0:
+            shutil.rmtree(f"{place}.tmp", ignore_errors=True)       # of a run that was killed here
+        with _quiet():
+            dcp.save(tensors, checkpoint_id=f"{place}.tmp", no_dist=not dist.is_initialized())
         if self.ranks.rank == 0:
             state = {"step": self.step, "seconds": self.seconds, "bad": self.bad, "identity": self.identity}
             with open(os.path.join(f"{place}.tmp", "state.json"), "w") as f:
@@ -195,7 +209,9 @@ class Log:
         if self.bar is not None:
             with open(self.path, "a", newline="") as f:
                 csv.DictWriter(f, self.columns).writerow(values)
-            self.bar.set_postfix_str(f"loss {values['loss']}, {values['images_per_s']} images/s", refresh=False)
+            by_t = [name for name in self.columns if name[-3:-1] == "_t"]
+            self.bar.set_postfix_str(f"loss {values['loss']}, {by_t[0][:-3]} by t {' '.join(values[n][:5] or '-' for n in by_t)}, "
+                                     f"{values['images_per_s']} images/s", refresh=False)
 
     def update(self):
         if self.bar is not None:
@@ -216,18 +232,24 @@ class _Step:
         """This rank's micro-batches of the step, on its device; gradients are summed over ranks in the last one alone."""
         device = self.state.ranks.device
         for i in range(self.count):
-            batch = next(self.loader)
+            try:
+                batch = next(self.loader)
+            except UserError as error:      # a decoding process adds its traceback
+                raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")) from None
             self.state.sums[4] += len(batch["bad"])
             for line in batch["bad"]:
-                print(f"warning: {line}; another takes its place", file=sys.stderr)
+                self.state.warned += 1
+                if self.state.warned <= 20:
+                    print(f"warning: {line}; another takes its place" + (" (more are only counted)" if self.state.warned == 20 else ""),
+                          file=sys.stderr)
             batch = SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "bad"})
             if self.state.ranks.world > 1:
-                self.state.compiled.require_backward_grad_sync = i == self.count - 1
+                self.state.wrapped.require_backward_grad_sync = i == self.count - 1
             yield batch
 
     def model(self, x_t, t, c):
         with self.autocast:
-            return self.state.compiled(x_t, t, c)
+            return self.state.wrapped(x_t, t, c)
 
     def backward(self, loss, t, shown=None):
         """Adds the gradient of loss [B], as a share of the mean over the global batch. `shown` [B] is what the log gives by t."""

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Real pictures with captions, in pixel space: 1,405 emoji at 32 pixels, four experts, about an hour on 2 cores.
+#
+#     bash bench/emoji.sh 'EMOJI/*.tar' runs/emoji
+#
+# EMOJI: captioned emoji as img2dataset-style tars (KEY.png, KEY.txt); here googlefonts/noto-emoji, png/128, with Unicode names.
+set -euo pipefail
+DATA=$1 RUN=${2:-runs/emoji}
+cd "$(dirname "$0")/.."
+export CUDA_VISIBLE_DEVICES=
+python cluster.py --data "$DATA" --run "$RUN" --config configs/demo.toml --data.size 32 --data.flip false \
+    --text.length 12 --text.vocab 8192 --model.preset mini/4 --router.preset tiny/4 \
+    --train.steps 2000 --train.decay 800 --train.batch 128 --train.lr 1e-3 --train.warmup 50 --train.save_every 500 \
+    --train.router.steps 500 --train.router.decay 200
+export OMP_NUM_THREADS=1        # two experts at a time, a core each
+for k in 0 2; do
+    python train_expert.py --run "$RUN" --shard $k > "$RUN/expert-$k.log" 2>&1 &
+    python train_expert.py --run "$RUN" --shard $((k + 1)) > "$RUN/expert-$((k + 1)).log" 2>&1
+    wait $!
+done
+unset OMP_NUM_THREADS
+python train_router.py --run "$RUN"
+cat > "$RUN/prompts.txt" <<END
+grinning face
+pig face
+blue heart
+green apple
+tulip
+octopus
+soccer ball
+automobile
+clock face one oclock
+large red circle
+END
+for strategy in top-1 once; do
+    python sample.py --run "$RUN" --prompts "$RUN/prompts.txt" --n 8 --strategy $strategy --out "$RUN/samples/$strategy"
+done
