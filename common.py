@@ -311,6 +311,7 @@ def atomic(path):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
+        os.chmod(temporary, 0o644)      # safetensors makes its files private: other nodes' users fetch them
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

@@ -307,13 +307,20 @@ def collate(items):
 COLOURS = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#edc948", "#76b7b2", "#ff9da7", "#9c755f", "#888888"]
 
 
-def picture_grid(rows, captions=None, frames=None, tile=0):
+def picture_grid(rows, captions=None, frames=None):
     """rows of pictures ([H,W,3] uint8) -> one PIL image, captions at the left; frames: the same rows of cluster numbers.
 
-    Small pictures are enlarged by a whole factor to about 64 pixels, or to `tile`.
+    Small pictures are enlarged by a whole factor to about 64 pixels. More than a dozen rows stand in two columns.
     """
+    if len(rows) > 12:
+        half = -(-len(rows) // 2)
+        left, right = (picture_grid(*(part and part[cut] for part in (rows, captions, frames))) for cut in (slice(half), slice(half, None)))
+        sheet = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
+        sheet.paste(left, (0, 0))
+        sheet.paste(right, (left.width, 0))
+        return sheet
     side = rows[0][0].shape[0]
-    scale = max(1, round((tile or 64) / side))
+    scale = max(1, round(64 / side))
     side, gap, font = side * scale, 6, ImageFont.load_default(13)
     margin = gap + max((int(font.getlength(c)) for c in captions or []), default=0) + (gap if captions else 0)
     label = 16 if frames else 0
