@@ -117,6 +117,12 @@ def nearest(points, centroids):
     return ((centroids ** 2).sum(1) - 2 * points @ centroids.T).argmin(1)
 
 
+def subset(total, size, *key):
+    """`size` of the numbers 0..total-1 (all, if there are no more), drawn uniformly by key, sorted [n] int64: what a permutation
+    makes of the first `size` numbers."""
+    return np.arange(total) if size >= total else np.sort(np.array([permute(i, total, *key) for i in range(size)], np.int64))
+
+
 def find_centroids(files, counts, config):
     """k-means twice, on a uniform sample of the features -> {fine_centroids, coarse_centroids, fine_to_coarse}."""
     K, seed, total = config.cluster.experts, config.cluster.seed, sum(counts)
@@ -124,9 +130,9 @@ def find_centroids(files, counts, config):
     if K > fine:
         raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {config.cluster.fine}, at most a 39th "
                         f"of the {total} usable images): fewer --experts, or more data")
-    wanted, first, points = min(total, SAMPLE * fine), 0, []
+    chosen, first, points = subset(total, SAMPLE * fine, seed, 1), 0, []
     for file, n in zip(files, counts):
-        rows = [i for i in range(n) if permute(first + i, total, seed, 1) < wanted]
+        rows = chosen[np.searchsorted(chosen, first):np.searchsorted(chosen, first + n)] - first
         points.append(load_file(file)["features"][rows].astype(np.float32))
         first += n
     fine_centroids = k_means(np.concatenate(points), fine, seed)
@@ -156,26 +162,24 @@ def fingerprint(clusters, config, description):
 
 # ---- partition ----------------------------------------------------------------------------------------------------
 
-def partition(path, name, run, features_file, labels, first, total, config):
-    """Copies the samples of one tar to the shards of their clusters, and those of the router's subset there, too.
-
-    The subset: sample i of all is in it if a permutation of 0..total-1 takes i below router_images. Uniform, and no list of it.
-    """
+def partition(path, name, run, features_file, clusters, for_router, config):
+    """Copies the samples of one tar to the shards of their clusters, and those with the numbers for_router to the router's, too."""
     targets = [os.path.join(run, "shards", str(k), f"{name}.tar") for k in [*range(config.cluster.experts), "router"]]
     if all(map(os.path.exists, targets)):
         return
-    table = load_file(features_file)
+    table, for_router = load_file(features_file), set(for_router.tolist())
+    labels = assign(table["features"], name, clusters, config).tolist()
     with contextlib.ExitStack() as stack:       # a shard appears when it is whole
         file = stack.enter_context(open(path, "rb"))
         writers = [stack.enter_context(TarWriter(target)) for target in targets]
-        for i, (offset, length, k) in enumerate(zip(table["offsets"].tolist(), table["lengths"].tolist(), labels.tolist())):
+        for i, (offset, length, k) in enumerate(zip(table["offsets"].tolist(), table["lengths"].tolist(), labels)):
             blocks = _read(file, offset, length)
             writers[k].add_raw(blocks)
-            if permute(first + i, total, config.cluster.seed, 2) < config.cluster.router_images:
+            if i in for_router:
                 with tarfile.open(fileobj=io.BytesIO(blocks)) as tar:
-                    key = tar.next().name.rpartition("/")
+                    folder, slash, stem = tar.next().name.rpartition("/")
                 writers[-1].add_raw(blocks)
-                writers[-1].add(f"{key[0]}{key[1]}{key[2].partition('.')[0]}.cluster", str(k).encode())
+                writers[-1].add(f"{folder}{slash}{stem.partition('.')[0]}.cluster", str(k).encode())
 
 
 def contact_sheet(run, counts):
@@ -243,7 +247,7 @@ def main():
 
     ranks = start(args.device)
     names = list(tars)
-    mine = names[ranks.rank::ranks.world]
+    mine = dict.fromkeys(names[ranks.rank::ranks.world])
     features = {name: os.path.join(args.run, "features", f"{name}.safetensors") for name in names}
     for name in progress(mine, desc="features, tars"):
         extract(tars[name], features[name], config)
@@ -258,9 +262,9 @@ def main():
         clusters = load_file(clusters_file)
     else:
         clusters = broadcast(find_centroids([features[n] for n in names], counts, config) if ranks.rank == 0 else None)
-    first = dict(zip(names, np.cumsum([0, *counts]).tolist()))
-    labels = {name: assign(load_file(features[name])["features"], name, clusters, config) for name in mine}
-    sizes = sum((np.bincount(ks, minlength=K) for ks in labels.values()), np.zeros(K, np.int64))
+    sizes = np.zeros(K, np.int64)
+    for name in mine:
+        sizes += np.bincount(assign(load_file(features[name])["features"], name, clusters, config), minlength=K)
     sizes = sum_over_ranks(torch.from_numpy(sizes)).tolist()
     if 0 in sizes:
         raise UserError(f"cluster {sizes.index(0)} of {K} is empty: fewer --experts, or another --cluster.seed")
@@ -273,15 +277,18 @@ def main():
             save_file(clusters | {"counts": np.array(sizes, np.int64)}, temporary, metadata={"nanoddm": json.dumps(metadata, sort_keys=True)})
     barrier()
 
-    for name in progress(mine, desc="partition, tars"):
-        partition(tars[name], name, args.run, features[name], labels[name], first[name], sum(counts), config)
+    router = subset(sum(counts), config.cluster.router_images, config.cluster.seed, 2)
+    first = dict(zip(names, np.cumsum([0, *counts]).tolist()))
+    for name, n in progress([(name, n) for name, n in zip(names, counts) if name in mine], desc="partition, tars"):
+        part = router[np.searchsorted(router, first[name]):np.searchsorted(router, first[name] + n)] - first[name]
+        partition(tars[name], name, args.run, features[name], clusters, part, config)
     barrier()
     if ranks.rank == 0:
         contact_sheet(args.run, sizes)
         print(f"\ncluster   images   share      fingerprint {mark}")
         for k, n in enumerate(sizes):
             print(f"{k:7d} {n:8d}   {n / sum(sizes):5.1%}   {'#' * round(50 * n / max(sizes))}")
-        print(f"router  {min(sum(counts), config.cluster.router_images):8d}")
+        print(f"router  {len(router):8d}")
 
 
 if __name__ == "__main__":

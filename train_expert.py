@@ -38,7 +38,8 @@ def main():
 
     ranks = start(args.device)
     name = f"expert-{args.shard}"
-    data = training.open_shards([os.path.join(args.run, "shards", k) for k in (there if args.shard == "all" else [args.shard])], config, train)
+    folders = [os.path.join(args.run, "shards", k) for k in (there if args.shard == "all" else [args.shard])]
+    data = training.open_shards(folders, config, train, ranks)
     state = training.State(args.run, name, training.model_config(config, "model"), train, ranks, config, args.shard)
     info = training.describe(config, fingerprint) | {"objective": config.flow.objective, "shard": args.shard}
 

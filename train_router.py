@@ -34,7 +34,7 @@ def main():
         train.steps = math.ceil(0.04 * cost[0] * config.train.steps * config.train.batch / (cost[1] * train.batch))
 
     ranks = start(args.device)
-    data = training.open_shards([os.path.join(args.run, "shards", "router")], config, train, clusters=True)
+    data = training.open_shards([os.path.join(args.run, "shards", "router")], config, train, ranks, clusters=True)
     state = training.State(args.run, "router", router_config, train, ranks, config, "router")
     info = training.describe(config, fingerprint)
 

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import flow
 import model as models
 from common import UserError, atomic, barrier, differences, flat, progress, sum_over_ranks
-from data import TarDataset, collate, to_uint8
+from data import TarDataset, collate, index_tar, to_uint8
 
 BINS = 5            # of t in [0,1], in the log
 KEEP = 2            # checkpoints
@@ -80,10 +80,13 @@ def describe(config, fingerprint):
             "text": config.text.name, "shift": config.flow.shift, "fingerprint": fingerprint}
 
 
-def open_shards(folders, config, train, clusters=False):
+def open_shards(folders, config, train, ranks, clusters=False):
     """The TarDataset of all tars in `folders` of a run, its captions turned into what the model reads."""
     tars = sorted(path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.tar")))
     d = config.data
+    for path in tars[ranks.rank::ranks.world]:      # the ranks share the work of the first time
+        index_tar(path)
+    barrier()
     encode = {"text": lambda caption: models.hash_words(caption, config.text.length, config.text.vocab)}.get(d.condition)
     data = TarDataset(tars, d.size, d.condition, encode, d.classes, train.seed, d.crop, d.flip, d.run, clusters=clusters)
     if not len(data):
