@@ -281,9 +281,9 @@ class _Step:
 
 
 def learning_rate(train, step):
-    """lr of step 0..steps-1: linear warm-up, constant, linear decay over the last `decay` steps."""
+    """lr of step 0..steps-1: linear warm-up, constant, linear decay over the last `decay` steps (all, if there are fewer)."""
     up = min(1.0, (step + 1) / train.warmup) if train.warmup else 1.0
-    down = min(1.0, (train.steps - step) / train.decay) if train.decay else 1.0
+    down = min(1.0, (train.steps - step) / min(train.decay, train.steps)) if train.decay else 1.0
     return train.lr * up * down
 
 

@@ -1,0 +1,63 @@
+"""Do two ranks give the loss curve of one process? And does an expert alone in the world give the same bits?
+
+    python bench/ranks.py runs/demo             # a run after cluster.py; changes copies of it only
+
+Trains, for 60 steps each, expert 0, the monolith and the router, as one process and with torchrun on two ranks (gloo, CPU), and
+prints the largest relative difference of their logged losses. Then trains expert 0 again inside `unshare -rn` (no network
+but loopback) with every other shard deleted, and compares all tensors bit by bit.
+"""
+import argparse
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def train(run, *script, launcher=(sys.executable,)):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    flags = ["--run", run, "--train.steps", "60", "--train.log_every", "5", "--train.warmup", "0", "--train.decay", "0"]
+    subprocess.run([*launcher, *script, *flags], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def losses(run, name):
+    with open(os.path.join(run, "logs", f"{name}.csv"), newline="") as f:
+        return [float(row["loss"]) for row in csv.DictReader(f)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder after cluster.py")
+    source = parser.parse_args().run
+    with tempfile.TemporaryDirectory() as scratch:
+        one, two, alone = (os.path.join(scratch, name) for name in ("one", "two", "alone"))
+        for run in (one, two, alone):
+            os.makedirs(run)
+            shutil.copytree(os.path.join(source, "shards"), os.path.join(run, "shards"))
+            for name in ("config.toml", "clusters.safetensors"):
+                shutil.copy(os.path.join(source, name), run)
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")
+        for name, script in (("expert-0", ["train_expert.py", "--shard", "0"]), ("expert-all", ["train_expert.py", "--shard", "all"]),
+                             ("router", ["train_router.py"])):
+            train(one, *script)
+            train(two, *script, launcher=torchrun)
+            a, b = losses(one, name), losses(two, name)
+            worst = max(abs(x - y) / x for x, y in zip(a, b, strict=True))
+            print(f"{name}: 2 ranks against 1 process, 60 steps: loss {a[0]:.4f} -> {a[-1]:.4f}, largest relative difference {worst:.1e}", flush=True)
+        for other in os.listdir(os.path.join(alone, "shards")):
+            if other != "0":
+                shutil.rmtree(os.path.join(alone, "shards", other))
+        train(alone, "train_expert.py", "--shard", "0", launcher=("unshare", "-rn", sys.executable))
+        a, b = (load_file(os.path.join(run, "experts", "0.safetensors")) for run in (one, alone))
+        same = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        print(f"expert-0 without network and other shards: {len(a)} tensors {'bit-identical' if same else 'DIFFER'}")
+
+
+if __name__ == "__main__":
+    main()
