@@ -40,13 +40,14 @@ def main():
     name = f"expert-{args.shard}"
     folders = [os.path.join(args.run, "shards", k) for k in (there if args.shard == "all" else [args.shard])]
     data = training.open_shards(folders, config, train, ranks)
-    state = training.State(args.run, name, training.model_config(config, "model"), train, ranks, config, args.shard)
+    state = training.State(args.run, name, training.model_config(config, "model"), train, ranks, config,
+                           shard=args.shard, clustering=fingerprint, images=len(data))
     info = training.describe(config, fingerprint) | {"objective": config.flow.objective, "shard": args.shard}
 
     for step in training.steps(state, data, config, batch, shown="loss"):
         for b in step.batches():
             t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
-            c = None if config.data.condition == "none" else drop_condition(state.model.config, b.c, b.drop < config.data.drop)
+            c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)
             loss = flow.expert_loss(step.model, to_float(b.x), c, t, b.eps, config.flow.objective)      # [B], eq. 6
             step.backward(loss, t)
         step.update()

@@ -10,11 +10,13 @@ writes  RUN/router.safetensors (averaged weights), RUN/checkpoints/router/, RUN/
 import math
 import os
 
+import torch
+
 import flow
 import training
 from common import load_run, make_parser, parse, script, start
 from data import to_float
-from model import drop_condition
+from model import build, drop_condition
 
 
 def main():
@@ -28,20 +30,19 @@ def main():
     fingerprint = training.read_fingerprint(args.run)
     router_config = training.model_config(config, "router", clusters=K)
     if not train.steps:     # 4% of the experts' training FLOPs
-        expert, router = (training.models.DiT, training.model_config(config, "model")), (training.models.Router, router_config)
-        with training.torch.device("meta"):
-            cost = [kind(c).flops() for kind, c in (expert, router)]
-        train.steps = math.ceil(0.04 * cost[0] * config.train.steps * config.train.batch / (cost[1] * train.batch))
+        with torch.device("meta"):
+            expert, router = (build(c).flops() for c in (training.model_config(config, "model"), router_config))
+        train.steps = math.ceil(0.04 * expert * config.train.steps * config.train.batch / (router * train.batch))
 
     ranks = start(args.device)
     data = training.open_shards([os.path.join(args.run, "shards", "router")], config, train, ranks, clusters=True)
-    state = training.State(args.run, "router", router_config, train, ranks, config, "router")
+    state = training.State(args.run, "router", router_config, train, ranks, config, clustering=fingerprint, images=len(data))
     info = training.describe(config, fingerprint)
 
     for step in training.steps(state, data, config, train.batch, shown="acc"):
         for b in step.batches():
             # uniform on [0,1], whatever the experts' density: the answer at t = 1 matters most
-            c = None if config.data.condition == "none" else drop_condition(state.model.config, b.c, b.drop < config.data.drop)
+            c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)
             loss, right = flow.router_loss(step.model, to_float(b.x), b.k, c, b.u, b.eps)        # [B], algorithm 1
             step.backward(loss, b.u, right)
         step.update()

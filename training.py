@@ -62,10 +62,13 @@ def stage_config(config, stage=""):
 
 def model_config(config, table, clusters=0):
     """The ModelConfig that [model] or [router] describes; clusters = K makes it a router's."""
-    settings = vars(getattr(config, table))
-    if settings["preset"] not in models.PRESETS:
-        raise UserError(f"{table}.preset = {settings['preset']!r} is not one of {', '.join(models.PRESETS)}")
-    shape = models.PRESETS[settings["preset"]] | {k: v for k, v in settings.items() if k != "preset" and v}
+    settings = dict(vars(getattr(config, table)))
+    preset = settings.pop("preset")
+    if preset and preset not in models.PRESETS:
+        raise UserError(f"{table}.preset = {preset!r} is not one of {', '.join(models.PRESETS)}")
+    shape = models.PRESETS.get(preset, {}) | {k: v for k, v in settings.items() if v}
+    if unset := settings.keys() - shape.keys():
+        raise UserError(f"{table} has no preset, so it needs {', '.join(f'{table}.{k}' for k in sorted(unset))}, too")
     condition = {"none": {}, "class": {"classes": config.data.classes},
                  "text": {"vocab": config.text.vocab, "length": config.text.length}}[config.data.condition]
     try:
@@ -77,7 +80,7 @@ def model_config(config, table, clusters=0):
 def describe(config, fingerprint):
     """What a model's file must say besides its shape, for it to be used, and used together with others of the run."""
     return {"data": {"size": config.data.size, "condition": config.data.condition}, "autoencoder": config.autoencoder.name,
-            "text": config.text.name, "shift": config.flow.shift, "fingerprint": fingerprint}
+            "text": config.text.name, "fingerprint": fingerprint}
 
 
 def open_shards(folders, config, train, ranks, clusters=False):
@@ -110,7 +113,7 @@ class State:
     Checkpoints are folders RUN/checkpoints/NAME/step-00001000, written beside their place and renamed.
     """
 
-    def __init__(self, run, name, model_config, train, ranks, config, shard=""):
+    def __init__(self, run, name, model_config, train, ranks, config, **identity):
         self.run, self.name, self.train, self.ranks = run, name, train, ranks
         self.folder = os.path.join(run, "checkpoints", name)
         torch.manual_seed(train.seed)       # the same initial weights on all ranks
@@ -124,13 +127,13 @@ class State:
         # what may not change over a resume; the rest, such as steps or micro_batch, may
         tables = ("data.", "text.", "flow.", "autoencoder.")
         self.identity = {k: v for k, v in flat(config).items() if k.startswith(tables) and k not in ("data.workers", "data.max_bad")}
-        self.identity |= {"train.seed": train.seed, "train.batch": train.batch, "shard": shard}
+        self.identity |= {"train.seed": train.seed, "train.batch": train.batch, **identity}
         self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
         self.resumed = self._resume()
         self.wrapped = self.model
         if ranks.world > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
 
     def _tensors(self):
         weights, optimizer = get_state_dict(self.model, self.optimizer)
@@ -238,7 +241,10 @@ class _Step:
             try:
                 batch = next(self.loader)
             except UserError as error:      # a decoding process adds its traceback
-                raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")) from None
+                line = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
+                if self.state.ranks.rank:   # this rank's data alone: rank 0 does not know
+                    print(f"error: {line}", file=sys.stderr)
+                raise UserError(line) from None
             self.state.sums[4] += len(batch["bad"])
             for line in batch["bad"]:
                 self.state.warned += 1
@@ -246,6 +252,7 @@ class _Step:
                     print(f"warning: {line}; another takes its place" + (" (more are only counted)" if self.state.warned == 20 else ""),
                           file=sys.stderr)
             batch = SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "bad"})
+            batch.c = batch.c if batch.c.numel() else None      # condition = none
             if self.state.ranks.world > 1:
                 self.state.wrapped.require_backward_grad_sync = i == self.count - 1
             yield batch
@@ -316,8 +323,8 @@ def steps(state, data, config, batch, shown):
             print(f"{state.name} is finished at step {state.step}; a larger --train.steps would go on")
         return
 
-    def positions():
-        for n in range(state.step, train.steps):
+    def positions(first=state.step):
+        for n in range(first, train.steps):
             mine = range(n * batch + ranks.rank * share, n * batch + (ranks.rank + 1) * share)
             yield from (list(mine[i:i + micro]) for i in range(0, share, micro))
 
