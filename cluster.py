@@ -13,7 +13,8 @@ writes  RUN/config.toml                the experiment: --config with the flags o
 
 As in the paper (section 4.1): features to `fine` centroids by k-means, those to K coarse ones by k-means again, each image to
 the nearest coarse centroid. Run again, it goes on where it stopped. Data and seed determine the partition, whatever the ranks.
-Memory is bounded by the k-means sample (256 images a fine centroid) and by one tar's features a rank.
+Memory is bounded by the k-means sample (256 images a fine centroid), the router's subset (a number each) and one tar's features.
+--device matters to feature networks; pixels are computed on the CPU.
 """
 import collections
 import contextlib
@@ -24,13 +25,15 @@ import itertools
 import json
 import os
 import tarfile
+from datetime import timedelta
 
 import faiss
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import training
 from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, make_config, make_parser, parse, progress,
                     read_toml, script, start, sum_over_ranks, write_toml)
 from data import BadSample, TarWriter, check_condition, decode, mix, permute, picture_grid, scan_tar, square
@@ -61,11 +64,10 @@ def extract(path, target, config):
     function, description = extractor(config)
     identity = {"extractor": description, "bytes": os.path.getsize(path), "condition": config.data.condition, "classes": config.data.classes}
     try:
-        with safe_open(target, framework="np") as f:
-            if json.loads(f.metadata()["nanoddm"])["identity"] == identity:
-                return
-    except (OSError, SafetensorError):
-        pass    # not there yet, or damaged: made again
+        if os.path.exists(target) and read_metadata(target)["identity"] == identity:
+            return
+    except UserError:
+        pass    # damaged: made again
     features, places, images, bad = [], [], [], collections.Counter()
     with open(path, "rb") as f:
         for sample in scan_tar(path):
@@ -74,7 +76,8 @@ def extract(path, target, config):
                 check_condition(members, config.data.condition, config.data.classes)
                 if "image" not in members:
                     raise BadSample("no image")
-                images.append(decode(members["image"], 64))
+                image = decode(members["image"], 256)
+                images.append(image.reduce(max(1, min(image.size) // 256)))     # no more memory than 256 small pictures
                 places.append((sample.start, sample.end - sample.start))
             except BadSample as error:
                 bad[str(error)] += 1
@@ -94,8 +97,11 @@ def _read(file, offset, size):
 
 
 def read_metadata(path):
-    with safe_open(path, framework="np") as f:
-        return json.loads(f.metadata()["nanoddm"])
+    try:
+        with safe_open(path, framework="np") as f:
+            return json.loads(f.metadata()["nanoddm"])
+    except Exception as error:      # safetensors raises its own kinds
+        raise UserError(f"{path} is damaged, or none of ours ({error}): delete it to make it anew") from None
 
 
 # ---- clusters -----------------------------------------------------------------------------------------------------
@@ -123,13 +129,9 @@ def subset(total, size, *key):
     return np.arange(total) if size >= total else np.sort(np.array([permute(i, total, *key) for i in range(size)], np.int64))
 
 
-def find_centroids(files, counts, config):
+def find_centroids(files, counts, fine, config):
     """k-means twice, on a uniform sample of the features -> {fine_centroids, coarse_centroids, fine_to_coarse}."""
     K, seed, total = config.cluster.experts, config.cluster.seed, sum(counts)
-    fine = min(config.cluster.fine, total // 39)
-    if K > fine:
-        raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {config.cluster.fine}, at most a 39th "
-                        f"of the {total} usable images): fewer --experts, or more data")
     chosen, first, points = subset(total, SAMPLE * fine, seed, 1), 0, []
     for file, n in zip(files, counts):
         rows = chosen[np.searchsorted(chosen, first):np.searchsorted(chosen, first + n)] - first
@@ -187,6 +189,7 @@ def contact_sheet(run, counts):
     rows = []
     for k in range(len(counts)):
         tars, row = sorted(glob.glob(os.path.join(glob.escape(run), "shards", str(k), "*.tar"))), []
+        tars = [path for path in tars if os.path.getsize(path) > 1024]      # that much is an empty one
         for path in tars[::max(1, len(tars) // 12)]:
             with open(path, "rb") as f:
                 for sample in itertools.islice(scan_tar(path), -(-12 // len(tars))):
@@ -234,8 +237,7 @@ def main():
     tars = find_tars(args.data)
     config = choose_config(args, given)
     K, description = config.cluster.experts, extractor(config)[1]
-    if K < 1:
-        raise UserError(f"cluster.experts = {K} must be at least 1")
+    training.model_config(config, "model"), training.model_config(config, "router", K)      # found out now, not after hours
     inputs = hashlib.sha256(json.dumps([(n, os.path.getsize(p)) for n, p in tars.items()]).encode()).hexdigest()[:16]
     clusters_file = os.path.join(args.run, "clusters.safetensors")
     if os.path.exists(clusters_file):
@@ -245,7 +247,12 @@ def main():
     elif glob.glob(os.path.join(glob.escape(args.run), "shards", "*", "*.tar")):
         raise UserError(f"{args.run}/shards holds a partition, but {clusters_file} is missing: delete {args.run}/shards to make it anew")
 
-    ranks = start(args.device)
+    ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
+    if ranks.rank == 0:
+        for pattern in ("features/*.tmp", "shards/*/*.tmp"):    # of a call that was killed
+            for path in glob.glob(os.path.join(glob.escape(args.run), pattern)):
+                os.remove(path)
+    barrier()
     names = list(tars)
     mine = dict.fromkeys(names[ranks.rank::ranks.world])
     features = {name: os.path.join(args.run, "features", f"{name}.safetensors") for name in names}
@@ -261,7 +268,11 @@ def main():
     if os.path.exists(clusters_file):
         clusters = load_file(clusters_file)
     else:
-        clusters = broadcast(find_centroids([features[n] for n in names], counts, config) if ranks.rank == 0 else None)
+        fine = min(config.cluster.fine, sum(counts) // 39)
+        if K > fine:
+            raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {config.cluster.fine}, at most a 39th "
+                            f"of the {sum(counts)} usable images): fewer --experts, or more data")
+        clusters = broadcast(find_centroids([features[n] for n in names], counts, fine, config) if ranks.rank == 0 else None)
     sizes = np.zeros(K, np.int64)
     for name in mine:
         sizes += np.bincount(assign(load_file(features[name])["features"], name, clusters, config), minlength=K)

@@ -7,9 +7,12 @@ import argparse
 import contextlib
 import difflib
 import json
+import math
 import os
 import sys
+import time
 import tomllib
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
@@ -77,7 +80,7 @@ CONFIG = {
         "weight_decay": (0.0, "AdamW's weight decay"),
         "clip": (1.0, "largest norm of the gradient (0: not clipped)"),
         "ema": (0.9999, "decay of the averaged weights; min(ema, (1 + n) / (10 + n)) after n steps"),
-        "precision": ("auto", "auto: bf16 autocast on a GPU, fp32 on a CPU", ("auto", "bf16", "fp32")),
+        "precision": ("auto", "auto: bf16 autocast on a GPU, fp32 on a CPU; fp32 on a GPU multiplies in TF32", ("auto", "bf16", "fp32")),
         "export": ("fp32", "dtype of the exported weights", ("fp32", "bf16")),
         "seed": (0, "seed of the initial weights, the order of the data and the noise"),
         "save_every": (1000, "steps between checkpoints"),
@@ -96,11 +99,22 @@ CONFIG["train.router"] = {key: (None, f"{entry[1]} ([train]'s if not given)", *e
 CONFIG["train.router"]["steps"] = (0, "optimiser steps (0: so many that the router costs 4% of the training FLOPs)")
 
 
+# the least value of a number, where it is not 0
+LEAST = {"data.size": 1, "data.classes": 1, "data.run": 1, "data.workers": -1, "cluster.experts": 1, "cluster.fine": 1,
+         "cluster.router_images": 1, "text.length": 1, "text.vocab": 2, "flow.shift": 0.01, "train.steps": 1, "train.batch": 1,
+         "train.log_every": 1, "train.save_every": 1, "sample.steps": 1}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 class UserError(Exception):
-    """Something the user got wrong: one line that names it, both values and the remedy."""
+    """Something the user got wrong: one line that names it, both values and the remedy.
+
+    Rank 0 prints it, since all ranks meet the same mistake; local: this rank alone knows of it, and prints it.
+    """
+
+    def __init__(self, text, local=False):
+        super().__init__(text)
+        self.local = local
 
 
 def script(main):
@@ -108,8 +122,11 @@ def script(main):
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank_0 = os.environ.get("RANK", "0") == "0"
+        if rank_0 or error.local:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not rank_0:
+            time.sleep(3)       # torchrun ends all ranks when the first has gone: let rank 0 speak first
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -139,6 +156,9 @@ def _checked(name, value, entry):
         raise UserError(f"{name} = {value!r} is not {KINDS[type(default)]}")
     if choices and value not in choices:
         raise UserError(f"{name} = {value!r} is not one of {', '.join(repr(c) for c in choices)}")
+    least = LEAST.get(name, 0 if name == "train.router.steps" else LEAST.get(name.replace("train.router", "train"), 0))
+    if isinstance(value, (int, float)) and not least <= value < math.inf:
+        raise UserError(f"{name} = {value!r} must be a number of at least {least}")
     return value
 
 
@@ -147,7 +167,7 @@ def read_toml(path):
     try:
         with open(path, "rb") as f:
             tables = tomllib.load(f)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"cannot read config {path}: {error}") from None
     values = {}
 
@@ -239,10 +259,11 @@ def load_run(run, given):
 
 # ---- ranks and devices --------------------------------------------------------------------------------------------
 
-def start(device=""):
+def start(device="", timeout=timedelta(minutes=30)):
     """Joins torchrun's process group, if there is one. -> namespace of rank, world, device (torch.device).
 
-    One code path for plain python, one GPU and many: without torchrun rank is 0 and world is 1.
+    One code path for plain python, one GPU and many: without torchrun rank is 0 and world is 1. timeout: how long the ranks may
+    wait for each other.
     """
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if not device:
@@ -253,12 +274,12 @@ def start(device=""):
         device = torch.device(device)
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}", local=local > 0 and torch.cuda.is_available()) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return SimpleNamespace(rank=int(os.environ.get("RANK", 0)), world=world, device=device)
 
 
@@ -311,7 +332,9 @@ def atomic(path):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
-        os.chmod(temporary, 0o644)      # safetensors makes its files private: other nodes' users fetch them
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)     # safetensors would make its files private
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

@@ -15,6 +15,7 @@ import bisect
 import collections
 import io
 import os
+import re
 import sys
 import tarfile
 import warnings
@@ -67,7 +68,7 @@ def scan_tar(path):
                 sample.members["image" if extension in IMAGE_TYPES else extension] = (member.offset_data, member.size)
                 sample.end = member.offset_data + -(-member.size // 512) * 512
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512).count(0) == 512 or size == 0:
+            if tar.fileobj.read(512).count(0) == 512:
                 torn = ""
     except (tarfile.TarError, OSError) as error:
         torn = str(error)
@@ -103,16 +104,17 @@ class TarWriter:
         self.file.write(blocks + bytes(-len(blocks) % 512))
 
 
-def index_tar(path):
+def index_tar(path, mapped=True):
     """[n, 2 * len(ROLES)] int64: offset and size of each sample's image, caption, class and cluster; -1 where there is none.
 
-    Made once and kept beside the tar, as long as the tar's size and date stay; memory-mapped, so that all workers share it.
+    Made once and kept beside the tar, as long as the tar's size and date stay. mapped: memory-mapped, so that all ranks share it.
     """
     stat, file, width = os.stat(path), f"{path}.idx", 2 * len(ROLES)
     head = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns] + [0] * (width - 3), np.int64)
     if os.path.exists(file) and (rows := os.path.getsize(file) // (8 * width)):
-        # torch maps a file without keeping it open: a run may have more tars than a process may have files
-        table = torch.from_file(file, size=rows * width, dtype=torch.int64).numpy().reshape(rows, width)
+        # torch maps a file without keeping it open: a run may have more tars than a process may have open files
+        table = torch.from_file(file, size=rows * width, dtype=torch.int64).numpy() if mapped else np.fromfile(file, np.int64)
+        table = table[:rows * width].reshape(rows, width)
         if np.array_equal(table[0], head):
             return table[1:]
     rows = [[x for role in ROLES for x in s.members.get(role, (-1, -1))] for s in scan_tar(path)]
@@ -167,8 +169,8 @@ def check_condition(members, condition, classes=0):
         return label
     if condition == "text":
         caption = members.get("txt", b"").decode(errors="replace").strip()
-        if not caption:
-            raise BadSample("no caption")
+        if not re.search(r"\w", caption):
+            raise BadSample("no caption")       # without a word it would stand for no condition
         return caption
     return None
 
@@ -215,6 +217,11 @@ def permute(i, n, *key):
             return i
 
 
+def number(value):
+    """The simplest `encode`: a class number, or an empty tensor for no condition."""
+    return torch.tensor([] if value is None else value)
+
+
 class TarDataset(torch.utils.data.Dataset):
     """Samples of a list of tars by *position* in an endless shuffled stream: position // len is the epoch.
 
@@ -227,13 +234,12 @@ class TarDataset(torch.utils.data.Dataset):
         bad      list of str            the samples that could not be read and which this one replaces
     """
 
-    def __init__(self, tars, size, condition="none", encode=None, classes=0, seed=0, crop="center", flip=False, run=1,
+    def __init__(self, tars, size, condition="none", encode=number, classes=0, seed=0, crop="center", flip=False, run=1,
                  noise_shape=None, clusters=False):
         self.tars, self.size, self.condition, self.classes, self.seed = list(tars), size, condition, classes, seed
-        self.encode = encode or (lambda value: torch.tensor([] if value is None else value))
-        self.crop, self.flip, self.run, self.clusters = crop, flip, max(1, run), clusters
+        self.encode, self.crop, self.flip, self.run, self.clusters = encode, crop, flip, run, clusters
         self.noise_shape = noise_shape or (3, size, size)
-        self.index = [index_tar(path) for path in self.tars]
+        self.index = [index_tar(path, len(self.tars) < 50_000) for path in self.tars]       # Linux maps 65,530 files a process
         self.ends = np.cumsum([len(rows) for rows in self.index]).tolist()
         self.files = collections.OrderedDict()      # open tars, the latest last
 
@@ -378,8 +384,12 @@ def main():
     args, _ = parse(parser)
     if min(args.images, args.size, args.per_tar) < 1:
         raise UserError(f"--images {args.images}, --size {args.size} and --per-tar {args.per_tar} must be at least 1")
-    for first in progress(range(0, args.images, args.per_tar), desc="drawing"):
-        with TarWriter(os.path.join(args.out, f"{first // args.per_tar:05d}.tar")) as tar:
+    names = [f"{i:05d}.tar" for i in range(-(-args.images // args.per_tar))]
+    there = os.listdir(args.out) if os.path.isdir(args.out) else []
+    if other := sorted(name for name in there if name.endswith(".tar") and name not in names):
+        raise UserError(f"{args.out} holds {len(other)} other tars, {other[0]} the first, which would count as part of the set: use another --out")
+    for first, name in zip(progress(range(0, args.images, args.per_tar), desc="drawing"), names):
+        with TarWriter(os.path.join(args.out, name)) as tar:
             for i in range(first, min(first + args.per_tar, args.images)):
                 image, caption = draw_shape(np.random.default_rng([args.seed, i]), args.size)
                 png = io.BytesIO()

@@ -1,7 +1,7 @@
 """The experts and the router of a run as one velocity function: eqs. 7-8 of the paper, from files.
 
-    team = Ensemble("runs/demo", device)                        # or monolith=True: experts/all.safetensors alone
-    velocity, used = team.flow(c, cfg=4, strategy="top-1", u=u) # c the condition, u [B] uniform numbers for `once`
+    team = Ensemble("runs/demo", device)                                # or monolith=True: experts/all.safetensors alone
+    velocity, used = team.velocity(c, cfg=4, strategy="top-1", u=u)     # c the condition, u [B] uniform numbers for `once`
     *_, x_0 = flow.integrate(velocity, eps, flow.time_grid(50))
 """
 import glob
@@ -26,7 +26,7 @@ def parse_strategy(text):
     return (match[1], int(match[2])) if match[1] else (match[3], 0)
 
 
-def _must_agree(path, info):
+def _must_agree(info):
     """What all models that are used together must have in common."""
     model = info["model"]
     shape = {key: model[key] for key in ("size", "channels", "condition", "classes", "vocab", "length")}
@@ -72,11 +72,12 @@ class Ensemble:
                 print(f"warning: no expert for clusters {', '.join(map(str, self.missing))} of {self.K}: left out, "
                       f"the weights of the others renormalised", file=sys.stderr)
         first = next(iter(checked))
+        wanted = _must_agree(checked[first])
         for path, info in checked.items():
-            for what, value in _must_agree(path, info).items():
-                if value != _must_agree(first, checked[first])[what]:
-                    raise UserError(f"{path} and {first} do not fit together: {what} {value!r} / {_must_agree(first, checked[first])[what]!r}")
-        self.config = models.ModelConfig(**next(iter(self.infos.values()))["model"])
+            for what, value in _must_agree(info).items():
+                if value != wanted[what]:
+                    raise UserError(f"{path} and {first} do not fit together: {what} {value!r} / {wanted[what]!r}")
+        self.config, self.shift = models.ModelConfig(**checked[first]["model"]), checked[first]["shift"]
 
     def expert(self, k):
         if k not in self.loaded:
@@ -100,7 +101,7 @@ class Ensemble:
         out = self.expert(k)(x, tt, torch.cat([c, models.null_condition(self.config, c)]))
         return flow.guide(*flow.to_velocity(out, x, tt, objective).chunk(2), cfg)
 
-    def flow(self, c, cfg, strategy, u):
+    def velocity(self, c, cfg, strategy, u):
         """-> (velocity(x_t, time), used). One routing decision, for the conditional branch, serves both branches of guidance.
 
         c: condition [B,...] or None; u [B]: uniform numbers that `once` draws by; used [B,K]: weights, added up over the calls.

@@ -245,7 +245,9 @@ def save(path, config, state, dtype=torch.float32, **info):
     text = json.dumps({"model": asdict(config), **info}, sort_keys=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, temporary, metadata={"nanoddm": text})
-    os.chmod(temporary, 0o644)      # safetensors makes it private: other nodes' users fetch it
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)     # safetensors would make it private
     os.replace(temporary, path)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import flow
-from common import UserError, make_config, make_parser, parse, progress, read_toml, script, start
+from common import UserError, atomic, make_config, make_parser, parse, progress, read_toml, script, start
 from data import picture_grid, to_uint8
 from ensemble import STRATEGIES, Ensemble, parse_strategy
 from model import hash_words
@@ -72,7 +72,7 @@ def main():
     device = start(args.device).device
     team = Ensemble(args.run, device, args.monolith)
     captions, conditions = read_conditions(args, team.config)
-    shape, times = (team.config.channels, team.config.size, team.config.size), flow.time_grid(settings.steps, config.flow.shift)
+    shape, times = (team.config.channels, team.config.size, team.config.size), flow.time_grid(settings.steps, team.shift)
 
     pictures, shares = [], []
     jobs = [(p, args.seed + i) for p in range(len(captions)) for i in range(args.n)]
@@ -86,7 +86,7 @@ def main():
             noise.append(torch.randn(shape, generator=generator))
             u.append(torch.rand((), generator=generator))
         c = None if conditions is None else conditions[[p for p, _ in batch]].to(device)
-        velocity, used = team.flow(c, settings.cfg, settings.strategy, torch.stack(u).to(device))
+        velocity, used = team.velocity(c, settings.cfg, settings.strategy, torch.stack(u).to(device))
         x, before = torch.stack(noise).to(device), 0
         for x in flow.integrate(velocity, x, times, settings.solver):
             done = round(used.sum(1)[0].item())
@@ -111,14 +111,15 @@ def main():
     else:
         folder = args.out or os.path.join(args.run, "samples")
         grid = os.path.join(folder, "grid.png")
-    os.makedirs(folder or ".", exist_ok=True)
     if grid != args.out:
         for i, ((p, seed), picture, share) in enumerate(zip(jobs, pictures, shares)):
-            Image.fromarray(picture).save(os.path.join(folder, f"{i:04d}.png"), pnginfo=info(captions[p], seed, share))
+            with atomic(os.path.join(folder, f"{i:04d}.png")) as temporary:
+                Image.fromarray(picture).save(temporary, "PNG", pnginfo=info(captions[p], seed, share))
     rows = [pictures[i:i + args.n] for i in range(0, len(pictures), args.n)]
     main_expert = [max(range(team.K), key=share.__getitem__) for share in shares]
     frames = None if args.monolith else [main_expert[i:i + args.n] for i in range(0, len(pictures), args.n)]
-    picture_grid(rows, captions, frames).save(grid, pnginfo=info(" | ".join(captions), args.seed))
+    with atomic(grid) as temporary:
+        picture_grid(rows, captions, frames).save(temporary, "PNG", pnginfo=info(" | ".join(captions), args.seed))
     total = [sum(column) / len(shares) for column in zip(*shares)]
     print(f"{len(pictures)} pictures in {folder or '.'}, {grid}"
           + ("" if args.monolith else "; experts used: " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(total))))

@@ -13,7 +13,7 @@ import os
 
 import flow
 import training
-from common import UserError, load_run, make_parser, parse, script, start
+from common import UserError, atomic, load_run, make_parser, parse, script, start
 from data import picture_grid, to_float
 from model import drop_condition
 
@@ -27,7 +27,8 @@ def main():
     K = config.cluster.experts
     fingerprint = training.read_fingerprint(args.run)
 
-    there = sorted((k for k in os.listdir(os.path.join(args.run, "shards")) if k.isdigit()), key=int)
+    shards = os.path.join(args.run, "shards")
+    there = sorted((k for k in os.listdir(shards) if k.isdigit()), key=int) if os.path.isdir(shards) else []
     if args.shard != "all" and args.shard not in there:
         raise UserError(f"no shard {args.shard!r} in {args.run}/shards: there are {', '.join(there) or 'none'}, and all for the monolith")
     if args.shard == "all" and len(there) < K:
@@ -44,6 +45,7 @@ def main():
                            shard=args.shard, clustering=fingerprint, images=len(data))
     info = training.describe(config, fingerprint) | {"objective": config.flow.objective, "shard": args.shard}
 
+    path = os.path.join(args.run, "experts", f"{args.shard}.safetensors")
     for step in training.steps(state, data, config, batch, shown="loss"):
         for b in step.batches():
             t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
@@ -52,11 +54,13 @@ def main():
             step.backward(loss, t)
         step.update()
         if step.save:
-            state.export(os.path.join(args.run, "experts", f"{args.shard}.safetensors"), state.step * batch, **info)
+            state.export(path, state.step * batch, **info)
         if step.sample and ranks.rank == 0:
             pictures = training.sample_grid(state, config, data)
-            os.makedirs(os.path.join(args.run, "samples"), exist_ok=True)
-            picture_grid(pictures.reshape(4, 4, *pictures.shape[1:])).save(os.path.join(args.run, "samples", f"{name}-{state.step:08d}.png"))
+            with atomic(os.path.join(args.run, "samples", f"{name}-{state.step:08d}.png")) as temporary:
+                picture_grid(pictures.reshape(4, 4, *pictures.shape[1:])).save(temporary, "PNG")
+    if not os.path.exists(path):        # finished before, and its file gone
+        state.export(path, state.step * batch, **info)
 
 
 if __name__ == "__main__":

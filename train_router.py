@@ -39,6 +39,7 @@ def main():
     state = training.State(args.run, "router", router_config, train, ranks, config, clustering=fingerprint, images=len(data))
     info = training.describe(config, fingerprint)
 
+    path = os.path.join(args.run, "router.safetensors")
     for step in training.steps(state, data, config, train.batch, shown="acc"):
         for b in step.batches():
             # uniform on [0,1], whatever the experts' density: the answer at t = 1 matters most
@@ -47,7 +48,9 @@ def main():
             step.backward(loss, b.u, right)
         step.update()
         if step.save:
-            state.export(os.path.join(args.run, "router.safetensors"), state.step * train.batch, **info)
+            state.export(path, state.step * train.batch, **info)
+    if not os.path.exists(path):        # finished before, and its file gone
+        state.export(path, state.step * train.batch, **info)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,13 @@ A stage's loop stays in its script; this file is the generator that it loops ove
 Everything random about a sample is a function of (seed, position in the stream) (data.py), so a run gives the same loss curve,
 up to rounding, on any number of ranks and with any micro-batch, and a resumed run on a CPU the same bits as an undisturbed one.
 """
+import atexit
 import contextlib
 import csv
+import functools
 import glob
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -33,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import flow
 import model as models
 from common import UserError, atomic, barrier, differences, flat, progress, sum_over_ranks
-from data import TarDataset, collate, index_tar, to_uint8
+from data import TarDataset, collate, index_tar, number, to_uint8
 
 BINS = 5            # of t in [0,1], in the log
 KEEP = 2            # checkpoints
@@ -80,7 +83,7 @@ def model_config(config, table, clusters=0):
 def describe(config, fingerprint):
     """What a model's file must say besides its shape, for it to be used, and used together with others of the run."""
     return {"data": {"size": config.data.size, "condition": config.data.condition}, "autoencoder": config.autoencoder.name,
-            "text": config.text.name, "fingerprint": fingerprint}
+            "text": config.text.name, "shift": config.flow.shift, "fingerprint": fingerprint}
 
 
 def open_shards(folders, config, train, ranks, clusters=False):
@@ -90,7 +93,7 @@ def open_shards(folders, config, train, ranks, clusters=False):
     for path in tars[ranks.rank::ranks.world]:      # the ranks share the work of the first time
         index_tar(path)
     barrier()
-    encode = {"text": lambda caption: models.hash_words(caption, config.text.length, config.text.vocab)}.get(d.condition)
+    encode = functools.partial(models.hash_words, length=config.text.length, vocab=config.text.vocab) if d.condition == "text" else number
     data = TarDataset(tars, d.size, d.condition, encode, d.classes, train.seed, d.crop, d.flip, d.run, clusters=clusters)
     if not len(data):
         raise UserError(f"no samples in {', '.join(folders)}: copy the shards there, or make them with cluster.py")
@@ -167,7 +170,8 @@ class State:
         tensors = self._tensors()
         tensors["sums"] = sum_over_ranks(self.sums.clone())
         if self.ranks.rank == 0:
-            shutil.rmtree(f"{place}.tmp", ignore_errors=True)       # of a run that was killed here
+            for torn in glob.glob(os.path.join(glob.escape(self.folder), "step-*.tmp")):     # of a run that was killed here
+                shutil.rmtree(torn)
         with _quiet():
             dcp.save(tensors, checkpoint_id=f"{place}.tmp", no_dist=not dist.is_initialized())
         if self.ranks.rank == 0:
@@ -178,9 +182,13 @@ class State:
             os.rename(f"{place}.tmp", place)
             for old in self.checkpoints()[:-KEEP]:
                 shutil.rmtree(old)
-            with atomic(os.path.join(self.folder, "status")) as temporary, open(temporary, "w") as f:
-                f.write(f"{status} {self.step}\n")
+            self.mark(status)
         barrier()
+
+    def mark(self, status):
+        """Tells a scheduler's script whether this training is finished."""
+        with atomic(os.path.join(self.folder, "status")) as temporary, open(temporary, "w") as f:
+            f.write(f"{status} {self.step}\n")
 
     def export(self, path, images, **info):
         """Writes the averaged weights as a model file (rank 0)."""
@@ -241,10 +249,7 @@ class _Step:
             try:
                 batch = next(self.loader)
             except UserError as error:      # a decoding process adds its traceback
-                line = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
-                if self.state.ranks.rank:   # this rank's data alone: rank 0 does not know
-                    print(f"error: {line}", file=sys.stderr)
-                raise UserError(line) from None
+                raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "), local=True) from None
             self.state.sums[4] += len(batch["bad"])
             for line in batch["bad"]:
                 self.state.warned += 1
@@ -300,6 +305,14 @@ def _ignore_signals(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def positions(first, last, batch, rank, world, micro):
+    """The positions of a rank's micro-batches (lists of `micro` or fewer) in steps first..last-1: its share of each global batch."""
+    share = batch // world
+    for n in range(first, last):
+        mine = range(n * batch + rank * share, n * batch + (rank + 1) * share)
+        yield from (list(mine[i:i + micro]) for i in range(0, share, micro))
+
+
 def steps(state, data, config, batch, shown):
     """Yields a _Step for each optimiser step from the state's to train.steps, on global batches of `batch` images.
 
@@ -323,16 +336,18 @@ def steps(state, data, config, batch, shown):
             print(f"{state.name} is finished at step {state.step}; a larger --train.steps would go on")
         return
 
-    def positions(first=state.step):
-        for n in range(first, train.steps):
-            mine = range(n * batch + ranks.rank * share, n * batch + (ranks.rank + 1) * share)
-            yield from (list(mine[i:i + micro]) for i in range(0, share, micro))
-
-    workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, (os.cpu_count() or 1) // ranks.world - 1))
+    if ranks.rank == 0:
+        state.mark(UNFINISHED)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, cores // ranks.world - 1))
+    # a fork shares the index; and when this process fails, nobody else stops decoding processes that ignore signals
+    fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
+    atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
     cuda = ranks.device.type == "cuda"
     loader = iter(torch.utils.data.DataLoader(
-        data, batch_sampler=positions(), num_workers=workers, collate_fn=collate, worker_init_fn=_ignore_signals,
-        pin_memory=cuda, prefetch_factor=4 if workers else None))
+        data, batch_sampler=positions(state.step, train.steps, batch, ranks.rank, ranks.world, micro), num_workers=workers,
+        collate_fn=collate, worker_init_fn=_ignore_signals, multiprocessing_context=fork, pin_memory=cuda,
+        prefetch_factor=4 if workers else None))
     bf16 = train.precision == "bf16" or train.precision == "auto" and cuda
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16)
 
@@ -348,6 +363,7 @@ def steps(state, data, config, batch, shown):
             step = _Step(state, loader, count, batch / ranks.world, autocast)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr = learning_rate(train, state.step)
+                group["weight_decay"] = train.weight_decay      # a checkpoint brings its own
             # known before the step, so that all ranks do the same; the sum is through gloo and waits for no GPU
             stopping = bool(sum_over_ranks(torch.tensor(float(len(stop)))))
             step.save = (state.step + 1) % train.save_every == 0 or state.step + 1 == train.steps or stopping
@@ -388,8 +404,9 @@ def steps(state, data, config, batch, shown):
 def sample_grid(state, config, data, side=4, solver_steps=25):
     """Pictures [side*side,S,S,3] uint8 from one expert's averaged weights, for the first conditions of its data (rank 0)."""
     x = torch.stack([torch.randn(data.noise_shape, generator=torch.Generator().manual_seed(i)) for i in range(side * side)])
-    items = [data[i] for i in range(side * side)]
-    c = None if config.data.condition == "none" else torch.stack([item["c"] for item in items]).to(state.ranks.device)
+    c = None
+    if config.data.condition != "none":
+        c = torch.stack([data[i]["c"] for i in range(side * side)]).to(state.ranks.device)
     null, w, objective = models.null_condition(state.model.config, c), config.sample.cfg, config.flow.objective
 
     def velocity(x_t, time):

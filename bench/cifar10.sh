@@ -10,6 +10,7 @@ export CUDA_VISIBLE_DEVICES=
 python cluster.py --data "$DATA" --run "$RUN" --experts 8 --data.condition class --data.classes 10 --model.preset tiny/4 --router.preset tiny/4 \
     --flow.objective x0 --flow.time logit-normal --train.steps 400 --train.decay 200 --train.batch 256 --train.lr 2e-3 --train.warmup 20 \
     --train.router.steps 150 --train.router.decay 75
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT     # should one fail, do not leave the other behind
 export OMP_NUM_THREADS=1
 python train_expert.py --run "$RUN" --shard 0 &
 python train_expert.py --run "$RUN" --shard 1

@@ -44,13 +44,19 @@ steps = 4
 """
 
 
-def command(*args, ranks=0, check=True, **options):
-    """Runs one of the scripts as a user would, on the CPU; -> CompletedProcess with text output."""
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def command_line(*args, ranks=0):
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]     # without the dashes torchrun takes our --run for its --run-path
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *map(str, args)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options)
+    return [*launcher, *map(str, args)]
+
+
+def command(*args, ranks=0, check=True):
+    """Runs one of the scripts as a user would, on the CPU; -> CompletedProcess with text output."""
+    done = subprocess.run(command_line(*args, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
     return done
 

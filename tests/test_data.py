@@ -11,6 +11,7 @@ from PIL import Image
 import data
 from common import UserError
 from data import BadSample, TarDataset, TarWriter, decode, permute, scan_tar, square
+from training import positions
 
 
 def png(colour=(200, 30, 30), size=(8, 8), mode="RGB", **options):
@@ -35,11 +36,6 @@ def uneven(tmp_path):
     return [write(tmp_path / f"{t}.tar", [{"png": png(), "cls": str(i).encode()} for i in ns]) for t, ns in enumerate(numbers)]
 
 
-def labels(dataset, positions, workers=0):
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[[p] for p in positions], num_workers=workers, collate_fn=data.collate)
-    return [batch["c"].item() for batch in loader]
-
-
 # ---- order --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000])
@@ -54,22 +50,32 @@ def test_the_shuffle_is_uniform_enough_that_each_sample_comes_first_equally_ofte
     assert abs(first - 500).max() < 5 * 500 ** 0.5
 
 
-@pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 2), (2, 1), (3, 2), (5, 0)])
+def read_by(dataset, first, last, batch, world, micro, workers=0):
+    """What training reads in steps first..last-1 of a global batch: the class numbers, rank by rank within a step."""
+    per_rank = []
+    for rank in range(world):
+        batches = positions(first, last, batch, rank, world, micro)
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=data.collate)
+        per_rank.append([label for part in loader for label in part["c"].tolist()])
+    share = batch // world
+    return [label for n in range(last - first) for labels in per_rank for label in labels[n * share:(n + 1) * share]]
+
+
+@pytest.mark.parametrize("world, workers, micro", [(1, 0, 38), (1, 2, 5), (2, 1, 19), (2, 2, 4), (19, 0, 1)])
 @pytest.mark.parametrize("run", [1, 4])
-def test_each_sample_exactly_once_an_epoch_over_ranks_and_workers(uneven, ranks, workers, run):
+def test_each_sample_exactly_once_an_epoch_over_ranks_and_workers(uneven, world, workers, micro, run):
+    """Micro-batches that do not divide a rank's share, tars of 7, 0 and 12 samples; a step of 38 is two epochs of 19."""
     dataset = TarDataset(uneven, 8, "class", classes=19, seed=3, run=run)
-    for epoch in range(2):
-        stream = range(epoch * 19, (epoch + 1) * 19)
-        seen = [label for rank in range(ranks) for label in labels(dataset, stream[rank::ranks], workers)]
-        assert sorted(seen) == list(range(19))
+    seen = read_by(dataset, 0, 2, 38, world, micro, workers)
+    for epoch in range(4):
+        assert sorted(seen[epoch * 19:(epoch + 1) * 19]) == list(range(19))
 
 
 def test_a_resume_goes_on_with_the_very_next_sample_on_any_number_of_ranks(uneven):
     dataset = TarDataset(uneven, 8, "class", classes=19)
-    whole = labels(dataset, range(60))
-    assert whole[:25] + labels(dataset, range(25, 60), workers=2) == whole
-    halves = [labels(dataset, range(25 + rank, 60, 2)) for rank in range(2)]
-    assert [label for pair in zip(*halves) for label in pair] == whole[25:59]
+    whole = read_by(dataset, 0, 10, 6, 1, 6)
+    for world, micro, workers in ((1, 4, 2), (2, 3, 0), (3, 1, 1)):
+        assert read_by(dataset, 0, 4, 6, 1, 6) + read_by(dataset, 4, 10, 6, world, micro, workers) == whole
 
 
 def test_runs_of_consecutive_samples_stay_together(uneven):
@@ -102,6 +108,11 @@ def test_the_index_is_made_once_beside_the_tar_and_again_when_the_tar_changes(un
         assert np.array_equal(data.index_tar(uneven[0]), first)
     write(uneven[0], [{"png": png(), "cls": b"5"}])
     assert len(data.index_tar(uneven[0])) == 1
+
+
+def test_the_index_reads_the_same_mapped_or_not(uneven):
+    made = data.index_tar(uneven[2])
+    assert np.array_equal(data.index_tar(uneven[2], mapped=False), made) and np.array_equal(data.index_tar(uneven[2], mapped=True), made)
 
 
 def test_a_read_only_folder_can_be_indexed(uneven, monkeypatch):
@@ -160,7 +171,7 @@ def test_bad_samples_are_named_and_replaced_without_moving_any_other(tmp_path):
     good = [{"png": png((i, 0, 0)), "txt": b"x"} for i in range(20)]
     bad = [dict(s) for s in good]
     bad[3]["png"] = b"not a picture"
-    del bad[5]["txt"]
+    bad[5]["txt"] = b" ?! "
     del bad[9]["png"]
     dataset, clean = (TarDataset([write(tmp_path / f"{n}.tar", s)], 8, "text", lambda c: torch.zeros(1)) for n, s in (("bad", bad), ("good", good)))
     causes = []
