@@ -115,11 +115,11 @@ def main():
         for i, ((p, seed), picture, share) in enumerate(zip(jobs, pictures, shares)):
             with atomic(os.path.join(folder, f"{i:04d}.png")) as temporary:
                 Image.fromarray(picture).save(temporary, "PNG", pnginfo=info(captions[p], seed, share))
-    rows = [pictures[i:i + args.n] for i in range(0, len(pictures), args.n)]
     main_expert = [max(range(team.K), key=share.__getitem__) for share in shares]
-    frames = None if args.monolith else [main_expert[i:i + args.n] for i in range(0, len(pictures), args.n)]
+    columns = args.n if conditions is not None else 8
+    rows, frames = ([values[i:i + columns] for i in range(0, len(values), columns)] for values in (pictures, main_expert))
     with atomic(grid) as temporary:
-        picture_grid(rows, captions, frames).save(temporary, "PNG", pnginfo=info(" | ".join(captions), args.seed))
+        picture_grid(rows, captions if conditions is not None else None, None if args.monolith else frames).save(temporary, "PNG", pnginfo=info(" | ".join(captions), args.seed))
     total = [sum(column) / len(shares) for column in zip(*shares)]
     print(f"{len(pictures)} pictures in {folder or '.'}, {grid}"
           + ("" if args.monolith else "; experts used: " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(total))))

@@ -456,7 +456,8 @@ def test_a_class_conditional_run_and_an_unconditional_one_work_end_to_end(tars, 
         command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 2)
         shutil.copy(run / "experts" / "0.safetensors", run / "experts" / "1.safetensors")
         command("train_router.py", "--run", run, "--train.steps", 2)
-        command("sample.py", "--run", run, *flags, "--n", 2, "--out", run / "out")
-        assert len(pictures(run / "out")) == (4 if flags else 2)
+        n = 2 if flags else 11
+        command("sample.py", "--run", run, *flags, "--n", n, "--steps", 2, "--out", run / "out")
+        assert len(pictures(run / "out")) == (4 if flags else 11)
     done = command("sample.py", "--run", tmp_path / "class", "--class", 7, check=False)
     assert done.returncode == 2 and "--class 7 is not one of 0..6" in done.stderr
