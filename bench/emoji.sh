@@ -11,7 +11,7 @@ export CUDA_VISIBLE_DEVICES=
 python cluster.py --data "$DATA" --run "$RUN" --config configs/demo.toml --data.size 32 --data.flip false \
     --text.length 12 --text.vocab 8192 --model.preset mini/4 --router.preset tiny/4 \
     --train.steps 2000 --train.decay 800 --train.batch 128 --train.lr 1e-3 --train.warmup 50 --train.save_every 500 \
-    --train.router.steps 500 --train.router.decay 200
+    --train.router.steps 120 --train.router.decay 60
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT     # should one fail, do not leave the other behind
 export OMP_NUM_THREADS=1        # two experts at a time, a core each
 for k in 0 2; do
@@ -20,7 +20,7 @@ for k in 0 2; do
     wait $!
 done
 unset OMP_NUM_THREADS
-python train_router.py --run "$RUN"
+python train_router.py --run "$RUN" --data.workers 1
 cat > "$RUN/prompts.txt" <<END
 grinning face
 pig face
