@@ -273,13 +273,15 @@ def main():
             raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {config.cluster.fine}, at most a 39th "
                             f"of the {sum(counts)} usable images): fewer --experts, or more data")
         clusters = broadcast(find_centroids([features[n] for n in names], counts, fine, config) if ranks.rank == 0 else None)
+    mark = fingerprint(clusters, config, description)
+    if os.path.exists(clusters_file) and (mark != old["fingerprint"] or len(clusters["coarse_centroids"]) != K):
+        raise UserError(f"{args.run}/config.toml has other [cluster] settings than {clusters_file} was made with: use another --run")
     sizes = np.zeros(K, np.int64)
     for name in mine:
         sizes += np.bincount(assign(load_file(features[name])["features"], name, clusters, config), minlength=K)
     sizes = sum_over_ranks(torch.from_numpy(sizes)).tolist()
     if 0 in sizes:
         raise UserError(f"cluster {sizes.index(0)} of {K} is empty: fewer --experts, or another --cluster.seed")
-    mark = fingerprint(clusters, config, description)
     if ranks.rank == 0:     # only now: a call that failed above leaves no config behind that the next one would have to match
         write_toml(config, os.path.join(args.run, "config.toml"))
         with atomic(clusters_file) as temporary:

@@ -115,6 +115,17 @@ def test_a_run_made_with_another_config_or_of_other_data(tars, config, clustered
     assert listing(clustered) == before
 
 
+def test_a_config_that_was_edited_after_clustering(tars, clustered, tmp_path):
+    run = shutil.copytree(clustered, tmp_path / "run")
+    text = (run / "config.toml").read_text()
+    for old, new in (('assign = "coarse"', 'assign = "random"'), ("experts = 3", "experts = 2")):
+        assert old in text
+        (run / "config.toml").write_text(text.replace(old, new))
+        before = listing(run / "shards")
+        refused("cluster.py", "--data", tars / "*.tar", "--run", run, says=["other [cluster] settings"])
+        assert listing(run / "shards") == before
+
+
 def test_a_partition_whose_clusters_are_gone(tars, clustered, tmp_path):
     run = shutil.copytree(clustered, tmp_path / "run")
     os.remove(run / "clusters.safetensors")
