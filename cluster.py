@@ -218,11 +218,12 @@ def find_tars(patterns):
 def choose_config(args, given):
     """The run's config: from --config and flags, or what an earlier call wrote. UserError if the two differ."""
     path = os.path.join(args.run, "config.toml")
-    config = make_config(read_toml(args.config) if args.config else {}, given)
-    if not os.path.exists(path):
+    old = read_toml(path) if os.path.exists(path) else {}
+    config = make_config(read_toml(args.config) if args.config else old, given)
+    if not old:
         return config
-    old = make_config(read_toml(path))
-    if (args.config or given) and flat(config) != flat(old):
+    old = make_config(old)
+    if flat(config) != flat(old):
         raise UserError(f"{args.run} was made with another config (there / now: {differences(flat(old), flat(config))}): "
                         f"use another --run, or leave --config and these flags out")
     return old

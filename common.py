@@ -92,7 +92,7 @@ CONFIG = {
         "steps": (50, "steps of the solver"),
         "cfg": (4.0, "guidance scale w in v_u + w (v_c - v_u); 1: none"),
         "strategy": ("top-1", "top-K, full or once: which experts make a step"),
-        "solver": ("euler", "euler (one forward a step) or heun (two)", ("euler", "heun")),
+        "solver": ("euler", "one forward a step, or two", ("euler", "heun")),
     },
 }
 CONFIG["train.router"] = {key: (None, f"{entry[1]} ([train]'s if not given)", *entry[2:]) for key, entry in CONFIG["train"].items()}

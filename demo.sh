@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method in ten minutes on two CPU cores: a drawn data set, four isolated experts, a router, samples from prompts.
+# The whole method in about eight minutes on two CPU cores: a drawn data set, four isolated experts, a router, samples from prompts.
 # Reads as a tutorial; every line can be typed by hand. `make demo` installs what it needs first.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -121,7 +121,7 @@ def main():
     with atomic(grid) as temporary:
         picture_grid(rows, captions if conditions is not None else None, None if args.monolith else frames).save(temporary, "PNG", pnginfo=info(" | ".join(captions), args.seed))
     total = [sum(column) / len(shares) for column in zip(*shares)]
-    print(f"{len(pictures)} pictures in {folder or '.'}, {grid}"
+    print(f"{len(pictures)} pictures in {grid if grid == args.out else folder}"
           + ("" if args.monolith else "; experts used: " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(total))))
 
 

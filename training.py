@@ -104,9 +104,10 @@ def open_shards(folders, config, train, ranks, clusters=False):
 
 @contextlib.contextmanager
 def _quiet():
-    """torch warns at each checkpoint of a single process that it is a single process."""
+    """torch warns at each checkpoint of a single process that it is one; and 2.13 of broadcast_buffers, whose successor 2.12 lacks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         yield
 
 
@@ -136,7 +137,8 @@ class State:
         self.wrapped = self.model
         if ranks.world > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+            with _quiet():
+                self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
 
     def _tensors(self):
         weights, optimizer = get_state_dict(self.model, self.optimizer)

@@ -17,4 +17,4 @@ python train_expert.py --run "$RUN" --shard 1
 wait $!
 unset OMP_NUM_THREADS
 python train_router.py --run "$RUN"
-python sample.py --run "$RUN" $(for k in 0 1 2 3 4 5 6 7 8 9; do echo --class $k; done) --n 8 --cfg 2 --out "$RUN/samples/two-of-eight"
+python sample.py --run "$RUN" $(for k in 0 1 2 3 4 5 6 7 8 9; do echo --class $k; done) --n 8 --cfg 2 --steps 25 --out "$RUN/samples/two-of-eight"

@@ -49,7 +49,11 @@ def main():
             train(two, *script, launcher=torchrun)
             a, b = losses(one, name), losses(two, name)
             worst = max(abs(x - y) / x for x, y in zip(a, b, strict=True))
-            print(f"{name}: 2 ranks against 1 process, 60 steps: loss {a[0]:.4f} -> {a[-1]:.4f}, largest relative difference {worst:.1e}", flush=True)
+            a_weights, b_weights = (load_file(os.path.join(run, "router.safetensors" if name == "router" else f"experts/{name[7:]}.safetensors"))
+                                    for run in (one, two))
+            apart = max((a_weights[k] - b_weights[k]).abs().max().item() for k in a_weights)
+            print(f"{name}: 2 ranks against 1 process, 60 steps: loss {a[0]:.4f} -> {a[-1]:.4f}, largest relative difference of a logged loss "
+                  f"{worst:.1e}, of weights (absolute) {apart:.1e}", flush=True)
         for other in os.listdir(os.path.join(alone, "shards")):
             if other != "0":
                 shutil.rmtree(os.path.join(alone, "shards", other))
