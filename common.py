@@ -102,7 +102,7 @@ CONFIG["train.router"]["steps"] = (0, "optimiser steps (0: so many that the rout
 # the least value of a number, where it is not 0
 LEAST = {"data.size": 1, "data.classes": 1, "data.run": 1, "data.workers": -1, "cluster.experts": 1, "cluster.fine": 1,
          "cluster.router_images": 1, "text.length": 1, "text.vocab": 2, "flow.shift": 0.01, "train.steps": 1, "train.batch": 1,
-         "train.log_every": 1, "train.save_every": 1, "sample.steps": 1}
+         "train.log_every": 1, "train.save_every": 1, "train.router.steps": 0, "sample.steps": 1}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -156,7 +156,7 @@ def _checked(name, value, entry):
         raise UserError(f"{name} = {value!r} is not {KINDS[type(default)]}")
     if choices and value not in choices:
         raise UserError(f"{name} = {value!r} is not one of {', '.join(repr(c) for c in choices)}")
-    least = LEAST.get(name, 0 if name == "train.router.steps" else LEAST.get(name.replace("train.router", "train"), 0))
+    least = LEAST.get(name, LEAST.get(name.replace("train.router", "train"), 0))
     if isinstance(value, (int, float)) and not least <= value < math.inf:
         raise UserError(f"{name} = {value!r} must be a number of at least {least}")
     return value
@@ -320,7 +320,7 @@ def progress(iterable=None, **options):
     """tqdm on a terminal, from rank 0 alone; in a log, a plain line every 15 seconds."""
     options["disable"] = os.environ.get("RANK", "0") != "0"
     if not sys.stderr.isatty():
-        options |= {"file": _Lines(), "mininterval": 15, "ascii": True, "ncols": 200,
+        options |= {"file": _Lines(), "mininterval": 15, "ncols": 200,
                     "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"}
     return tqdm(iterable, **options)
 

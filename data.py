@@ -217,7 +217,7 @@ def permute(i, n, *key):
             return i
 
 
-def number(value):
+def to_tensor(value):
     """The simplest `encode`: a class number, or an empty tensor for no condition."""
     return torch.tensor([] if value is None else value)
 
@@ -234,7 +234,7 @@ class TarDataset(torch.utils.data.Dataset):
         bad      list of str            the samples that could not be read and which this one replaces
     """
 
-    def __init__(self, tars, size, condition="none", encode=number, classes=0, seed=0, crop="center", flip=False, run=1,
+    def __init__(self, tars, size, condition="none", encode=to_tensor, classes=0, seed=0, crop="center", flip=False, run=1,
                  noise_shape=None, clusters=False):
         self.tars, self.size, self.condition, self.classes, self.seed = list(tars), size, condition, classes, seed
         self.encode, self.crop, self.flip, self.run, self.clusters = encode, crop, flip, run, clusters
@@ -382,8 +382,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--per-tar", type=int, default=1000, metavar="N", help="pictures a tar (default: 1000)")
     args, _ = parse(parser)
-    if min(args.images, args.size, args.per_tar) < 1:
-        raise UserError(f"--images {args.images}, --size {args.size} and --per-tar {args.per_tar} must be at least 1")
+    if min(args.images, args.size, args.per_tar) < 1 or args.seed < 0:
+        raise UserError(f"--images {args.images}, --size {args.size} and --per-tar {args.per_tar} must be at least 1, --seed {args.seed} at least 0")
     names = [f"{i:05d}.tar" for i in range(-(-args.images // args.per_tar))]
     there = os.listdir(args.out) if os.path.isdir(args.out) else []
     if other := sorted(name for name in there if name.endswith(".tar") and name not in names):

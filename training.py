@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import flow
 import model as models
 from common import UserError, atomic, barrier, differences, flat, progress, sum_over_ranks
-from data import TarDataset, collate, index_tar, number, to_uint8
+from data import TarDataset, collate, index_tar, to_tensor, to_uint8
 
 BINS = 5            # of t in [0,1], in the log
 KEEP = 2            # checkpoints
@@ -82,8 +82,7 @@ def model_config(config, table, clusters=0):
 
 def describe(config, fingerprint):
     """What a model's file must say besides its shape, for it to be used, and used together with others of the run."""
-    return {"data": {"size": config.data.size, "condition": config.data.condition}, "autoencoder": config.autoencoder.name,
-            "text": config.text.name, "shift": config.flow.shift, "fingerprint": fingerprint}
+    return {"autoencoder": config.autoencoder.name, "text": config.text.name, "shift": config.flow.shift, "fingerprint": fingerprint}
 
 
 def open_shards(folders, config, train, ranks, clusters=False):
@@ -93,7 +92,7 @@ def open_shards(folders, config, train, ranks, clusters=False):
     for path in tars[ranks.rank::ranks.world]:      # the ranks share the work of the first time
         index_tar(path)
     barrier()
-    encode = functools.partial(models.hash_words, length=config.text.length, vocab=config.text.vocab) if d.condition == "text" else number
+    encode = functools.partial(models.hash_words, length=config.text.length, vocab=config.text.vocab) if d.condition == "text" else to_tensor
     data = TarDataset(tars, d.size, d.condition, encode, d.classes, train.seed, d.crop, d.flip, d.run, clusters=clusters)
     if not len(data):
         raise UserError(f"no samples in {', '.join(folders)}: copy the shards there, or make them with cluster.py")
