@@ -14,7 +14,7 @@ writes  RUN/config.toml                the experiment: --config with the flags o
 As in the paper (section 4.1): features to `fine` centroids by k-means, those to K coarse ones by k-means again, each image to
 the nearest coarse centroid. Run again, it goes on where it stopped. Data and seed determine the partition, whatever the ranks.
 Memory is bounded by the k-means sample (256 images a fine centroid), the router's subset (a number each) and one tar's features.
---device matters to feature networks; pixels are computed on the CPU.
+With [features] name = "pixels" no network is needed, and --device does not matter; pretrained.py has the networks.
 """
 import collections
 import contextlib
@@ -33,10 +33,11 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import pretrained
 import training
 from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, make_config, make_parser, parse, progress,
                     read_toml, script, start, sum_over_ranks, write_toml)
-from data import BadSample, TarWriter, check_condition, decode, mix, permute, picture_grid, scan_tar, square
+from data import TarWriter, decode, mix, permute, picture_grid, scan_tar, square, usable
 
 SAMPLE = 256        # images a fine centroid that k-means sees, as in faiss
 PIXELS = "pixels: square roots of a 4x4x4 RGB histogram, and an 8x8 thumbnail"
@@ -54,14 +55,13 @@ def pixel_features(images):
     return np.asarray(rows, np.float32).reshape(-1, 256)
 
 
-def extractor(config):
+def extractor(config, device):
     """-> (function from PIL images to features [n,D], a line that describes it and its preprocessing)."""
-    return {"pixels": (pixel_features, PIXELS)}[config.features.name]
+    return (pixel_features, PIXELS) if config.features.name == "pixels" else pretrained.image_features(config, device)
 
 
-def extract(path, target, config):
+def extract(path, target, function, description, config, bar):
     """Writes `target`: features [n,D] f16 of the usable samples of one tar, in its order, and where each sample's bytes are."""
-    function, description = extractor(config)
     identity = {"extractor": description, "bytes": os.path.getsize(path), "condition": config.data.condition, "classes": config.data.classes}
     try:
         if os.path.exists(target) and read_metadata(target)["identity"] == identity:
@@ -69,22 +69,16 @@ def extract(path, target, config):
     except UserError:
         pass    # damaged: made again
     features, places, images, bad = [], [], [], collections.Counter()
-    with open(path, "rb") as f:
-        for sample in scan_tar(path):
-            try:
-                members = {role: _read(f, *sample.members[role]) for role in ("image", "txt", "cls") if role in sample.members}
-                check_condition(members, config.data.condition, config.data.classes)
-                if "image" not in members:
-                    raise BadSample("no image")
-                image = decode(members["image"], 256)
-                images.append(image.reduce(max(1, min(image.size) // 256)))     # no more memory than 256 small pictures
-                places.append((sample.start, sample.end - sample.start))
-            except BadSample as error:
-                bad[str(error)] += 1
-            if len(images) == 256:
-                features.append(function(images))
-                images = []
+    shrink = lambda image: image.reduce(max(1, min(image.size) // 256))     # no more memory than small pictures
+    for sample, _, image in usable(path, shrink, 256, config.data, bad):
+        images.append(image)
+        places.append((sample.start, sample.end - sample.start))
+        if len(images) == 256:
+            features.append(function(images))
+            bar.update(len(images))
+            images = []
     features = np.concatenate(features + [function(images)]).astype(np.float16)
+    bar.update(len(images))
     offsets, lengths = np.array(places, np.int64).reshape(-1, 2).T.copy()
     with atomic(target) as temporary:
         save_file({"features": features, "offsets": offsets, "lengths": lengths}, temporary,
@@ -237,8 +231,9 @@ def main():
     args, given = parse(parser)
     tars = find_tars(args.data)
     config = choose_config(args, given)
-    K, description = config.cluster.experts, extractor(config)[1]
-    training.model_config(config, "model"), training.model_config(config, "router", K)      # found out now, not after hours
+    K = config.cluster.experts
+    space = pretrained.Space(config)      # found out now, not after hours: can the later stages work with this config?
+    training.model_config(config, "model", space), training.model_config(config, "router", space, K)
     inputs = hashlib.sha256(json.dumps([(n, os.path.getsize(p)) for n, p in tars.items()]).encode()).hexdigest()[:16]
     clusters_file = os.path.join(args.run, "clusters.safetensors")
     if os.path.exists(clusters_file):
@@ -254,11 +249,15 @@ def main():
             for path in glob.glob(os.path.join(glob.escape(args.run), pattern)):
                 os.remove(path)
     barrier()
+    function, description = extractor(config, ranks.device)
     names = list(tars)
     mine = dict.fromkeys(names[ranks.rank::ranks.world])
     features = {name: os.path.join(args.run, "features", f"{name}.safetensors") for name in names}
-    for name in progress(mine, desc="features, tars"):
-        extract(tars[name], features[name], config)
+    bar = progress(desc="features", unit=" images")
+    for i, name in enumerate(mine, 1):
+        bar.set_postfix_str(f"tar {i} of {len(mine)}" + (" of this rank" if ranks.world > 1 else ""), refresh=False)
+        extract(tars[name], features[name], function, description, config, bar)
+    bar.close()
     barrier()
 
     about = [read_metadata(features[name]) for name in names]

@@ -31,9 +31,13 @@ CONFIG = {
         "run": (1, "consecutive samples read together; 1 is the exact shuffle, larger suits network file systems"),
         "workers": (-1, "decoding processes a rank; 0: none, -1: the cores left over, at most 8"),
         "max_bad": (0.1, "share of unreadable samples above which training stops"),
+        "cached": (True, "train on RUN/latents where pretrained.py has made them; false: encode pictures on the fly"),
     },
     "features": {
-        "name": ("pixels", "what images are clustered by; pixels: thumbnail and colours, no network", ("pixels",)),
+        "name": ("pixels", "what images are clustered by: DINOv2 or CLIP by hub name or folder; pixels: thumbnail and colours, no network"),
+        "pool": ("cls", "DINOv2's class token alone, or with the mean of the patches", ("cls", "cls+mean")),
+        "batch": (64, "images a forward pass"),
+        "precision": ("auto", "auto: bf16 on a GPU, fp32 on a CPU", ("auto", "bf16", "fp32")),
     },
     "cluster": {
         "experts": (8, "number of clusters K, and so of experts"),
@@ -44,12 +48,15 @@ CONFIG = {
         "router_images": (2_000_000, "images that the router trains on, at most"),
     },
     "autoencoder": {
-        "name": ("", "empty: the model sees pixels", ("",)),
+        "name": ("", "AutoencoderKL or AutoencoderTiny by hub name or folder; empty: the model sees pixels"),
+        "precision": ("fp32", "of encoding; decoding is in bf16 on a GPU", ("fp32", "bf16")),
     },
     "text": {
-        "name": ("words", "words: an embedding of hashed words, learned inside the model", ("words",)),
-        "length": (77, "words a caption, at most"),
-        "vocab": (16384, "rows of the table that words are hashed to"),
+        "name": ("words", "a text encoder by hub name or folder, or several: A + B; words: an embedding of hashed words, learned inside the model"),
+        "length": (77, "words or tokens a caption, at most"),
+        "vocab": (16384, "rows of the table that words are hashed to, for name = words"),
+        "layer": ("last", "which layer's token features; Stable Diffusion XL takes the penultimate", ("last", "penultimate")),
+        "precision": ("auto", "auto: bf16 on a GPU, fp32 on a CPU", ("auto", "bf16", "fp32")),
     },
     "model": {
         "preset": ("DiT-S/2", "DiT-{S,B,L,XL}/{2,4,8}, or tiny/2, mini/2 for a CPU"),
@@ -100,7 +107,7 @@ CONFIG["train.router"]["steps"] = (0, "optimiser steps (0: so many that the rout
 
 
 # the least value of a number, where it is not 0
-LEAST = {"data.size": 1, "data.classes": 1, "data.run": 1, "data.workers": -1, "cluster.experts": 1, "cluster.fine": 1,
+LEAST = {"data.size": 1, "data.classes": 1, "data.run": 1, "data.workers": -1, "features.batch": 1, "cluster.experts": 1, "cluster.fine": 1,
          "cluster.router_images": 1, "text.length": 1, "text.vocab": 2, "flow.shift": 0.01, "train.steps": 1, "train.batch": 1,
          "train.log_every": 1, "train.save_every": 1, "train.router.steps": 0, "sample.steps": 1}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -258,6 +265,11 @@ def load_run(run, given):
 
 
 # ---- ranks and devices --------------------------------------------------------------------------------------------
+
+def cores():
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
 
 def start(device="", timeout=timedelta(minutes=30)):
     """Joins torchrun's process group, if there is one. -> namespace of rank, world, device (torch.device).

@@ -3,7 +3,8 @@
     python data.py --out data/shapes --images 6000 --size 16      # draws captioned coloured shapes
 
 A shard is a tar as img2dataset writes it: the members of one sample stand together and share the name up to the first dot,
-KEY.jpg|png|webp, KEY.txt (caption), KEY.json, KEY.cls (class number). TarDataset indexes each tar once (KEY offsets, kept
+KEY.jpg|png|webp, KEY.txt (caption), KEY.json, KEY.cls (class number); pretrained.py's have KEY.lat (latents) instead of the picture.
+TarDataset indexes each tar once (KEY offsets, kept
 beside it as NAME.tar.idx, memory-mapped) and then reads any sample by its position, so that
 
     position -> sample       is a stateless shuffle: every sample once an epoch, over any number of ranks and workers,
@@ -14,22 +15,25 @@ and a resume is just a first position. A sample that cannot be read is counted a
 import bisect
 import collections
 import io
+import itertools
+import math
 import os
 import re
 import sys
 import tarfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common import UserError, atomic, make_parser, parse, progress, script
+from common import UserError, atomic, cores, make_parser, parse, progress, script
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp")
-ROLES = ("image", "txt", "cls", "cluster")      # the members of a sample that training reads
-INDEX_VERSION = 1
+ROLES = ("image", "txt", "cls", "cluster", "lat", "tok")        # the members of a sample that training reads
+INDEX_VERSION = 2
 
 
 class BadSample(Exception):
@@ -105,7 +109,7 @@ class TarWriter:
 
 
 def index_tar(path, mapped=True):
-    """[n, 2 * len(ROLES)] int64: offset and size of each sample's image, caption, class and cluster; -1 where there is none.
+    """[n, 2 * len(ROLES)] int64: offset and size of each sample's members, in the order of ROLES; -1 where there is none.
 
     Made once and kept beside the tar, as long as the tar's size and date stay. mapped: memory-mapped, so that all ranks share it.
     """
@@ -175,6 +179,38 @@ def check_condition(members, condition, classes=0):
     return None
 
 
+def usable(path, prepare, least, settings, bad):
+    """Yields (Sample, {extension: payload}, prepare(image)) of the usable samples of a tar, in its order; counts the causes of others in bad.
+
+    Threads decode ahead: Pillow lets go of the interpreter meanwhile. least: as in decode; settings: the config's [data].
+    """
+    def read(sample):
+        members = {role: os.pread(fd, size, offset) for role, (offset, size) in sample.members.items()}
+        try:
+            check_condition(members, settings.condition, settings.classes)
+            if "image" not in members:
+                raise BadSample("no image")
+            return sample, members, prepare(decode(members["image"], least))
+        except BadSample as error:
+            return sample, None, str(error)
+
+    threads = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    fd, samples, ahead = os.open(path, os.O_RDONLY), scan_tar(path), collections.deque()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            while True:
+                ahead.extend(pool.submit(read, sample) for sample in itertools.islice(samples, 256 - len(ahead)))
+                if not ahead:
+                    return
+                sample, members, image = ahead.popleft().result()
+                if members is None:
+                    bad[image] += 1
+                else:
+                    yield sample, members, image
+    finally:
+        os.close(fd)
+
+
 def to_float(x):
     """uint8 pictures [B,H,W,3] -> [B,3,H,W] float32 in [-1,1]."""
     return x.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -225,20 +261,22 @@ def to_tensor(value):
 class TarDataset(torch.utils.data.Dataset):
     """Samples of a list of tars by *position* in an endless shuffled stream: position // len is the epoch.
 
-    encode(condition) turns a caption or class number into a tensor. Items are dicts of
-        x        [S,S,3] uint8          the picture
-        c        tensor                 its condition (an empty tensor for none)
+    encode(condition) turns a caption or class number into a tensor; None: captions come as they are. latent: the shape of KEY.lat
+    where tars have it instead of pictures; tokens (L, E): KEY.tok is there, too, and is the condition. Items are dicts of
+        x        [S,S,3] uint8          the picture; with latent: [C,H,W] float32, drawn from the posterior N(mean, std^2)
+        c        tensor or str          its condition (an empty tensor for none)
         k        int64                  its cluster (KEY.cluster; -1 without)
         u, drop  float32                uniform on (0,1): the time, and whether to drop the condition
         eps      noise_shape float32    N(0, I)
+        post     noise_shape float32    N(0, I), to draw from an autoencoder's posterior (if posterior)
         bad      list of str            the samples that could not be read and which this one replaces
     """
 
     def __init__(self, tars, size, condition="none", encode=to_tensor, classes=0, seed=0, crop="center", flip=False, run=1,
-                 noise_shape=None, clusters=False):
+                 noise_shape=None, clusters=False, posterior=False, latent=None, tokens=None):
         self.tars, self.size, self.condition, self.classes, self.seed = list(tars), size, condition, classes, seed
         self.encode, self.crop, self.flip, self.run, self.clusters = encode, crop, flip, run, clusters
-        self.noise_shape = noise_shape or (3, size, size)
+        self.noise_shape, self.posterior, self.latent, self.tokens = noise_shape or (3, size, size), posterior, latent, tokens
         self.index = [index_tar(path, len(self.tars) < 50_000) for path in self.tars]       # Linux maps 65,530 files a process
         self.ends = np.cumsum([len(rows) for rows in self.index]).tolist()
         self.files = collections.OrderedDict()      # open tars, the latest last
@@ -272,14 +310,28 @@ class TarDataset(torch.utils.data.Dataset):
         return {role: self._read(tar, *place) for role, place in zip(ROLES, row) if place[0] >= 0}
 
     def sample(self, number):
-        """-> (PIL image, condition, cluster) of sample `number`. BadSample if it cannot be used."""
+        """-> (PIL image or latents [flips,1 or 2,C,H,W] f16, condition, cluster) of sample `number`. BadSample if it cannot be used."""
         members = self.members(number)
         condition = check_condition(members, self.condition, self.classes)
-        if "image" not in members:
-            raise BadSample("no image")
         if self.clusters and "cluster" not in members:
             raise BadSample("no cluster")
-        return decode(members["image"], self.size), condition, int(members.get("cluster", -1))
+        for role in ["lat" if self.latent else "image"] + ["tok"] * bool(self.tokens):
+            if role not in members:
+                raise BadSample(f"no {role}")
+        if self.tokens:
+            condition = np.zeros(self.tokens, np.float16)       # rows of zeros: no token
+            features = np.frombuffer(members["tok"], np.float16)
+            if len(features) % self.tokens[1] or len(features) > condition.size:
+                raise BadSample(f"{len(members['tok'])} bytes of token features")
+            condition.reshape(-1)[:len(features)] = features
+            condition = torch.from_numpy(condition)
+        elif self.encode:
+            condition = self.encode(condition)
+        if not self.latent:
+            return decode(members["image"], self.size), condition, int(members.get("cluster", -1))
+        if len(members["lat"]) != 2 * math.prod(self.latent):
+            raise BadSample(f"{len(members['lat'])} bytes of latents")
+        return np.frombuffer(members["lat"], np.float16).reshape(self.latent), condition, int(members.get("cluster", -1))
 
     def __getitem__(self, position):
         bad, number = [], self.order(position)
@@ -296,14 +348,22 @@ class TarDataset(torch.utils.data.Dataset):
         rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
         mirror, left, top, u, drop = rng.random(5)
         eps = torch.from_numpy(rng.standard_normal(self.noise_shape, dtype=np.float32))
-        x = square(image, self.size, (left, top) if self.crop == "random" else (0.5, 0.5), self.flip and mirror < 0.5)
+        post = rng.standard_normal(self.noise_shape, dtype=np.float32) if self.posterior else None
+        mirror = self.flip and mirror < 0.5
+        if self.latent:
+            x = image[int(mirror)].astype(np.float32)       # mean, std; or the latents alone
+            x = x[0] + x[1] * post if self.posterior else x[0]
+        else:
+            x = square(image, self.size, (left, top) if self.crop == "random" else (0.5, 0.5), mirror).copy()
         u = min(max(u, 1e-6), 1 - 1e-6)
-        return {"x": torch.from_numpy(x.copy()), "c": self.encode(condition), "k": cluster, "u": u, "drop": drop, "eps": eps, "bad": bad}
+        item = {"x": torch.from_numpy(x), "c": condition, "k": cluster, "u": u, "drop": drop, "eps": eps, "bad": bad}
+        return item if post is None else item | {"post": torch.from_numpy(post)}
 
 
 def collate(items):
-    """Items of TarDataset -> one dict of batched tensors; `bad` is the list of all of theirs."""
-    batch = {key: torch.stack([item[key] for item in items]) for key in ("x", "c", "eps")}
+    """Items of TarDataset -> one dict of batched tensors; `bad` is the list of all of theirs, captions stay a list of str."""
+    batch = {key: torch.stack([item[key] for item in items]) for key in ("x", "eps", "post") if key in items[0]}
+    batch["c"] = [item["c"] for item in items] if isinstance(items[0]["c"], str) else torch.stack([item["c"] for item in items])
     batch |= {key: torch.tensor([item[key] for item in items], dtype=torch.float32) for key in ("u", "drop")}
     return batch | {"k": torch.tensor([item["k"] for item in items]), "bad": [b for item in items for b in item["bad"]]}
 

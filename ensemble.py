@@ -13,6 +13,7 @@ import torch
 
 import flow
 import model as models
+import pretrained
 from common import UserError
 
 STRATEGIES = "top-K (top-1, top-2, ...), full or once"
@@ -29,16 +30,15 @@ def parse_strategy(text):
 def _must_agree(info):
     """What all models that are used together must have in common."""
     model = info["model"]
-    shape = {key: model[key] for key in ("size", "channels", "condition", "classes", "vocab", "length")}
-    return {"clustering (fingerprint)": info.get("fingerprint"), "autoencoder": info.get("autoencoder"), "text encoder": info.get("text"),
-            **shape}
+    shape = {key: repr(model[key]) for key in ("size", "channels", "condition", "classes", "vocab", "text_dim", "length")}
+    return {"clustering (fingerprint)": repr(info["fingerprint"]), **shape}
 
 
 class Ensemble:
     """Finds the models of a run, checks that they fit together, and loads an expert when it is first needed.
 
     K is the number of clusters; missing lists those without an expert: left out, the others' weights renormalised.
-    UserError if nothing can be sampled from, or models differ in what they must have in common.
+    info is what the first model's file, `path`, says. UserError if nothing can be sampled from, or models differ in what they must have in common.
     """
 
     def __init__(self, run, device, monolith=False):
@@ -76,8 +76,12 @@ class Ensemble:
         for path, info in checked.items():
             for what, value in _must_agree(info).items():
                 if value != wanted[what]:
-                    raise UserError(f"{path} and {first} do not fit together: {what} {value!r} / {wanted[what]!r}")
-        self.config, self.shift = models.ModelConfig(**checked[first]["model"]), checked[first]["shift"]
+                    raise UserError(f"{path} and {first} do not fit together: {what} {value} / {wanted[what]}")
+            for role in ("autoencoder", "text"):
+                a, b = info[role], checked[first][role]
+                if pretrained.identity(a) != pretrained.identity(b):
+                    raise UserError(f"{path} and {first} do not fit together: {role} {pretrained.label(a)} / {pretrained.label(b)}")
+        self.config, self.info, self.path = models.ModelConfig(**checked[first]["model"]), checked[first], first
 
     def expert(self, k):
         if k not in self.loaded:

@@ -4,7 +4,8 @@
                              ->  Router: [B,K]      logits of p(k | x_t, t, c)
 
 Blocks are adaLN-Zero (Peebles & Xie 2023); text enters by cross-attention to a sequence of tokens, as in PixArt-alpha.
-The condition c is None (condition = none), class numbers [B] (class) or word numbers [B,L] (text; see hash_words).
+The condition c is None (condition = none), class numbers [B] (class), or for text word numbers [B,L] (see hash_words) or the token
+features [B,L,E] of a pretrained encoder. In a text, a row of zeros is no token; a text of none is no condition.
 """
 import json
 import math
@@ -40,8 +41,9 @@ class ModelConfig:
     patch: int
     condition: str = "none"     # none | class | text
     classes: int = 0            # condition = class
-    vocab: int = 0              # condition = text: rows of the word table, number 0 being "no word"
-    length: int = 0             # condition = text: words a caption, at most
+    vocab: int = 0              # condition = text: rows of the word table, number 0 being "no word"; 0: token features come in
+    text_dim: int = 0           # condition = text: width E of the token features; 0: word numbers come in
+    length: int = 0             # condition = text: words or tokens a caption, at most
     clusters: int = 0           # K for a router, 0 for a denoiser
 
     def __post_init__(self):
@@ -125,8 +127,12 @@ class Trunk(nn.Module):
         if c.condition == "class":
             self.class_embed = nn.Embedding(c.classes + 1, c.dim)       # the last row: no class
         if c.condition == "text":
-            self.word_embed = nn.Embedding(c.vocab, c.dim)
-            self.word_positions = nn.Parameter(torch.zeros(c.length, c.dim))
+            if c.text_dim:      # as PixArt-alpha's; the encoder's tokens know their positions
+                self.text_proj = nn.Sequential(nn.LayerNorm(c.text_dim), nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"),
+                                               nn.Linear(c.dim, c.dim))
+            else:
+                self.word_embed = nn.Embedding(c.vocab, c.dim)
+                self.word_positions = nn.Parameter(torch.zeros(c.length, c.dim))
             self.text_null = nn.Parameter(torch.zeros(1, 1, c.dim))     # always attended: all there is without a caption
             self.text_norm = nn.LayerNorm(c.dim, eps=1e-6)
         self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.condition == "text") for _ in range(c.depth))
@@ -146,7 +152,8 @@ class Trunk(nn.Module):
         for linear in (self.time_mlp[0], self.time_mlp[2]):
             nn.init.normal_(linear.weight, std=0.02)
         if self.config.condition == "text":
-            nn.init.normal_(self.word_positions, std=0.02)
+            if not self.config.text_dim:
+                nn.init.normal_(self.word_positions, std=0.02)
             nn.init.normal_(self.text_null, std=0.02)
         zero = [self.final_adaLN[1], self.head] + [b.adaLN[1] for b in self.blocks] + [b.cross.proj for b in self.blocks if b.cross]
         for linear in zero:
@@ -160,9 +167,13 @@ class Trunk(nn.Module):
         return self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.time_mlp[0].weight.dtype))
 
     def embed_text(self, c):
-        """Word numbers [B,L] -> tokens [B,1+L,D], mask [B,1+L]. The first token is the learned null, never masked."""
-        y = torch.cat([self.text_null.expand(len(c), -1, -1), self.word_embed(c) + self.word_positions], dim=1)
-        return self.text_norm(y), F.pad(c != 0, (1, 0), value=True)
+        """Word numbers [B,L] or token features [B,L,E] -> tokens [B,1+L,D], mask [B,1+L]. The first is the learned null, never masked."""
+        if self.config.text_dim:
+            y, mask = self.text_proj(c.to(self.text_null.dtype)), c.any(dim=2)
+        else:
+            y, mask = self.word_embed(c) + self.word_positions, c != 0
+        y = torch.cat([self.text_null.expand(len(c), -1, -1), y], dim=1)
+        return self.text_norm(y), F.pad(mask, (1, 0), value=True)
 
     def trunk(self, x_t, t, c, first=None):
         """-> [B,N,D] after the blocks, normalised and modulated. `first` [1,1,D]: a token set before the patches."""
@@ -188,8 +199,9 @@ class Trunk(nn.Module):
         block = 24 * N * D * D + 4 * N * N * D + 12 * D * D             # qkv, proj, mlp; attention; adaLN
         if c.condition == "text":
             block += 4 * N * D * D + 4 * L * D * D + 4 * N * L * D      # q and proj; k and v; attention
+        text = 2 * c.length * (c.text_dim * D + D * D) if c.text_dim else 0
         head = 2 * D * c.clusters if c.clusters else 2 * N * D * c.patch ** 2 * c.channels
-        return c.depth * block + 2 * patches * c.patch ** 2 * c.channels * D + 2 * (256 * D + D * D) + 4 * D * D + head
+        return c.depth * block + 2 * patches * c.patch ** 2 * c.channels * D + 2 * (256 * D + D * D) + 4 * D * D + text + head
 
 
 class DiT(Trunk):

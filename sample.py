@@ -4,7 +4,8 @@
     python sample.py --run runs/cifar --class 3 --strategy once --cfg 2
     python sample.py --run runs/demo --prompts prompts.txt --monolith --out monolith/
 
-reads   RUN/router.safetensors, RUN/experts/*.safetensors (a missing expert is left out), RUN/config.toml if it is there ([sample])
+reads   RUN/router.safetensors, RUN/experts/*.safetensors (a missing expert is left out), RUN/config.toml if it is there ([sample]); the
+        autoencoder and the text encoder that these were trained with
 writes  --out X.png: one grid, prompts down the side; --out DIR (default RUN/samples): 0000.png, 0001.png, ... and grid.png
 Sample i of each prompt starts from the noise of seed + i, at any batch size; every PNG says how it was made.
 """
@@ -15,13 +16,25 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import flow
+import pretrained
 from common import UserError, atomic, make_config, make_parser, parse, progress, read_toml, script, start
-from data import picture_grid, to_uint8
+from data import picture_grid
 from ensemble import STRATEGIES, Ensemble, parse_strategy
-from model import hash_words
 
 
-def read_conditions(args, model):
+def open_space(team, given, device):
+    """The pretrained.Space that the models of `team` were trained in; --autoencoder.name and --text.name say where its networks are now."""
+    config, info = make_config(given), team.info
+    config.data.condition, config.data.size = team.config.condition, team.config.size * info["autoencoder"].get("factor", 1)
+    for role in ("autoencoder", "text"):
+        if f"{role}.name" not in given:
+            getattr(config, role).name = info[role]["name"]
+    config.text.length, config.text.vocab = team.config.length, team.config.vocab
+    config.text.layer = info["text"].get("layer", "last")
+    return pretrained.Space(config, device, info, team.path)
+
+
+def read_conditions(args, model, space):
     """-> (captions for the grid [P], conditions [P,...] or None) from --prompt, --prompts and --class."""
     prompts, classes = list(args.prompt), args.classes
     if args.prompts:
@@ -39,7 +52,7 @@ def read_conditions(args, model):
     if not given:
         raise UserError(f"nothing to draw: this run wants {'--prompt TEXT' if model.condition == 'text' else '--class N'}")
     if model.condition == "text":
-        return prompts, torch.stack([hash_words(p, model.length, model.vocab) for p in prompts])
+        return prompts, space.captions(prompts)
     if wrong := [k for k in classes if not 0 <= k < model.classes]:
         raise UserError(f"--class {wrong[0]} is not one of 0..{model.classes - 1}")
     return [f"class {k}" for k in classes], torch.tensor(classes)
@@ -59,6 +72,9 @@ def main():
     group = parser.add_argument_group("short for --sample.*")
     for key, text in (("steps", "solver steps"), ("cfg", "guidance scale"), ("strategy", STRATEGIES), ("solver", "euler | heun")):
         group.add_argument(f"--{key}", dest=f"sample.{key}", metavar="X", help=text)
+    group = parser.add_argument_group("where the pretrained networks are, if not where they were in training")
+    for role in ("autoencoder", "text"):
+        group.add_argument(f"--{role}.name", metavar="NAME", help="hub name or local folder of the same network")
     args, given = parse(parser)
     path = os.path.join(args.run, "config.toml")
     config = make_config(read_toml(path) if os.path.exists(path) else {}, given)
@@ -71,8 +87,11 @@ def main():
 
     device = start(args.device).device
     team = Ensemble(args.run, device, args.monolith)
-    captions, conditions = read_conditions(args, team.config)
-    shape, times = (team.config.channels, team.config.size, team.config.size), flow.time_grid(settings.steps, team.shift)
+    space = open_space(team, given, device)
+    captions, conditions = read_conditions(args, team.config, space)
+    space.forget("text")            # it may be larger than an expert
+    space.network("autoencoder")    # the wrong one is refused now, not after the work
+    shape, times = (team.config.channels, team.config.size, team.config.size), flow.time_grid(settings.steps, team.info["shift"])
 
     pictures, shares = [], []
     jobs = [(p, args.seed + i) for p in range(len(captions)) for i in range(args.n)]
@@ -92,7 +111,7 @@ def main():
             done = round(used.sum(1)[0].item())
             bar.update((done - before) * len(batch))
             before = done
-        pictures += list(to_uint8(x).cpu().numpy())
+        pictures += list(space.pictures(x).cpu().numpy())
         shares += (used / used.sum(1, keepdim=True)).tolist()
     bar.close()
 

@@ -4,7 +4,8 @@
     python train_expert.py --run runs/demo --shard 3                           # one GPU, or a CPU
     python train_expert.py --run runs/demo --shard all                         # the monolith, to compare with
 
-reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar (for all: every cluster's)
+reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar, or RUN/latents/K/*.tar if pretrained.py made them (for all:
+        every cluster's); the pretrained networks that the config names and whose work is not cached
 writes  RUN/experts/K.safetensors (averaged weights), RUN/checkpoints/expert-K/, RUN/logs/expert-K.csv,
         RUN/samples/expert-K-STEP.png
 Run again, it goes on from its newest checkpoint.
@@ -14,12 +15,12 @@ import os
 import flow
 import training
 from common import UserError, atomic, load_run, make_parser, parse, script, start
-from data import picture_grid, to_float
+from data import picture_grid
 from model import drop_condition
 
 
 def main():
-    parser = make_parser(__doc__, ["train", "data", "model", "flow", "text"])
+    parser = make_parser(__doc__, ["train", "data", "model", "flow", "autoencoder", "text"])
     parser.add_argument("--shard", required=True, metavar="K", help="the cluster to train on: 0, 1, ..., or all for the monolith")
     args, given = parse(parser)
     config = load_run(args.run, given)
@@ -27,8 +28,7 @@ def main():
     K = config.cluster.experts
     fingerprint = training.read_fingerprint(args.run)
 
-    shards = os.path.join(args.run, "shards")
-    there = sorted((k for k in os.listdir(shards) if k.isdigit()), key=int) if os.path.isdir(shards) else []
+    there = training.find_shards(args.run)
     if args.shard != "all" and args.shard not in there:
         raise UserError(f"no shard {args.shard!r} in {args.run}/shards: there are {', '.join(there) or 'none'}, and all for the monolith")
     if args.shard == "all" and len(there) < K:
@@ -39,24 +39,26 @@ def main():
 
     ranks = start(args.device)
     name = f"expert-{args.shard}"
-    folders = [os.path.join(args.run, "shards", k) for k in (there if args.shard == "all" else [args.shard])]
-    data = training.open_shards(folders, config, train, ranks)
-    state = training.State(args.run, name, training.model_config(config, "model"), train, ranks, config,
+    data, space = training.open_shards(args.run, there if args.shard == "all" else [args.shard], config, train, ranks)
+    state = training.State(args.run, name, training.model_config(config, "model", space), train, ranks, config, space,
                            shard=args.shard, clustering=fingerprint, images=len(data))
-    info = training.describe(config, fingerprint) | {"objective": config.flow.objective, "shard": args.shard}
+    info = training.describe(config, space, fingerprint) | {"objective": config.flow.objective, "shard": args.shard}
+
+    if ranks.rank == 0:
+        space.network("autoencoder")        # what draws the pictures, also of cached latents: missed now, not after hours
 
     path = os.path.join(args.run, "experts", f"{args.shard}.safetensors")
-    for step in training.steps(state, data, config, batch, shown="loss"):
+    for step in training.steps(state, data, space, config, batch, shown="loss"):
         for b in step.batches():
             t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
             c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)
-            loss = flow.expert_loss(step.model, to_float(b.x), c, t, b.eps, config.flow.objective)      # [B], eq. 6
+            loss = flow.expert_loss(step.model, b.x_0, c, t, b.eps, config.flow.objective)      # [B], eq. 6
             step.backward(loss, t)
         step.update()
         if step.save:
             state.export(path, state.step * batch, **info)
         if step.sample and ranks.rank == 0:
-            pictures = training.sample_grid(state, config, data)
+            pictures = training.sample_grid(state, config, data, space)
             with atomic(os.path.join(args.run, "samples", f"{name}-{state.step:08d}.png")) as temporary:
                 picture_grid(pictures.reshape(4, 4, *pictures.shape[1:])).save(temporary, "PNG")
     if not os.path.exists(path):        # finished before, and its file gone

@@ -35,8 +35,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import flow
 import model as models
-from common import UserError, atomic, barrier, differences, flat, progress, sum_over_ranks
-from data import TarDataset, collate, index_tar, to_tensor, to_uint8
+import pretrained
+from common import UserError, atomic, barrier, cores, differences, flat, progress, sum_over_ranks
+from data import TarDataset, collate, index_tar, to_tensor
 
 BINS = 5            # of t in [0,1], in the log
 KEEP = 2            # checkpoints
@@ -63,8 +64,8 @@ def stage_config(config, stage=""):
     return SimpleNamespace(**values)
 
 
-def model_config(config, table, clusters=0):
-    """The ModelConfig that [model] or [router] describes; clusters = K makes it a router's."""
+def model_config(config, table, space, clusters=0):
+    """The ModelConfig that [model] or [router] describes, in a pretrained.Space; clusters = K makes it a router's."""
     settings = dict(vars(getattr(config, table)))
     preset = settings.pop("preset")
     if preset and preset not in models.PRESETS:
@@ -73,30 +74,45 @@ def model_config(config, table, clusters=0):
     if unset := settings.keys() - shape.keys():
         raise UserError(f"{table} has no preset, so it needs {', '.join(f'{table}.{k}' for k in sorted(unset))}, too")
     condition = {"none": {}, "class": {"classes": config.data.classes},
-                 "text": {"vocab": config.text.vocab, "length": config.text.length}}[config.data.condition]
+                 "text": {"text_dim": space.text_dim, "vocab": 0 if space.text_dim else config.text.vocab,
+                          "length": config.text.length}}[config.data.condition]
     try:
-        return models.ModelConfig(config.data.size, 3, condition=config.data.condition, clusters=clusters, **condition, **shape)
+        return models.ModelConfig(space.size, space.channels, condition=config.data.condition, clusters=clusters, **condition, **shape)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def describe(config, fingerprint):
+def describe(config, space, fingerprint):
     """What a model's file must say besides its shape, for it to be used, and used together with others of the run."""
-    return {"autoencoder": config.autoencoder.name, "text": config.text.name, "shift": config.flow.shift, "fingerprint": fingerprint}
+    return space.info | {"shift": config.flow.shift, "fingerprint": fingerprint}
 
 
-def open_shards(folders, config, train, ranks, clusters=False):
-    """The TarDataset of all tars in `folders` of a run, its captions turned into what the model reads."""
-    tars = sorted(path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+def find_shards(run):
+    """The numbers of the shards of a run that are here, as pictures or as latents."""
+    return sorted({k for part in ("shards", "latents") if os.path.isdir(os.path.join(run, part))
+                   for k in os.listdir(os.path.join(run, part)) if k.isdigit()}, key=int)
+
+
+def open_shards(run, shards, config, train, ranks, clusters=False):
+    """-> (the TarDataset of all tars of these shards, cached latents where there are any, and the Space of the run's models)."""
     d = config.data
+    about = pretrained.read_cache(run, shards, config) if d.cached and config.autoencoder.name else None
+    space = pretrained.Space(config, ranks.device, about and {role: about[role] for role in ("autoencoder", "text")}, about and about["folder"])
+    folders = [os.path.join(run, "latents" if about else "shards", k) for k in shards]
+    if ranks.rank == 0 and config.autoencoder.name:
+        print(f"latents cached in {', '.join(folders)}" if about else "latents not cached: pictures are encoded at each step (pretrained.py caches them)")
+    tars = sorted(path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.tar")))
     for path in tars[ranks.rank::ranks.world]:      # the ranks share the work of the first time
         index_tar(path)
     barrier()
-    encode = functools.partial(models.hash_words, length=config.text.length, vocab=config.text.vocab) if d.condition == "text" else to_tensor
-    data = TarDataset(tars, d.size, d.condition, encode, d.classes, train.seed, d.crop, d.flip, d.run, clusters=clusters)
+    encode = to_tensor
+    if d.condition == "text":       # a pretrained encoder reads a batch of captions at once, in the training process
+        encode = None if space.text_dim else functools.partial(models.hash_words, length=config.text.length, vocab=config.text.vocab)
+    data = TarDataset(tars, d.size, d.condition, encode, d.classes, train.seed, d.crop, d.flip, d.run, (space.channels, space.size, space.size),
+                      clusters, space.posterior, about and about["shapes"][0], (config.text.length, space.text_dim) if about and about["text"] else None)
     if not len(data):
         raise UserError(f"no samples in {', '.join(folders)}: copy the shards there, or make them with cluster.py")
-    return data
+    return data, space
 
 
 # ---- state --------------------------------------------------------------------------------------------------------
@@ -116,7 +132,7 @@ class State:
     Checkpoints are folders RUN/checkpoints/NAME/step-00001000, written beside their place and renamed.
     """
 
-    def __init__(self, run, name, model_config, train, ranks, config, **identity):
+    def __init__(self, run, name, model_config, train, ranks, config, space, **identity):
         self.run, self.name, self.train, self.ranks = run, name, train, ranks
         self.folder = os.path.join(run, "checkpoints", name)
         torch.manual_seed(train.seed)       # the same initial weights on all ranks
@@ -128,9 +144,10 @@ class State:
         # since the last row of the log: loss, images, gradient norms, steps, bad samples; then by bin of t: what is shown, images
         self.sums = torch.zeros(5 + 2 * BINS, dtype=torch.float64, device=ranks.device)
         # what may not change over a resume; the rest, such as steps or micro_batch, may
-        tables = ("data.", "text.", "flow.", "autoencoder.")
-        self.identity = {k: v for k, v in flat(config).items() if k.startswith(tables) and k not in ("data.workers", "data.max_bad")}
+        free = ("data.workers", "data.max_bad", "data.cached")
+        self.identity = {k: v for k, v in flat(config).items() if k.startswith(("data.", "flow.")) and k not in free}
         self.identity |= {"train.seed": train.seed, "train.batch": train.batch, **identity}
+        self.identity |= {role: pretrained.identity(info) for role, info in space.info.items()}
         self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
         self.resumed = self._resume()
         self.wrapped = self.model
@@ -240,11 +257,14 @@ class Log:
 # ---- the loop -----------------------------------------------------------------------------------------------------
 
 class _Step:
-    def __init__(self, state, loader, micro_batches, share, autocast):
-        self.state, self.loader, self.count, self.share, self.autocast = state, loader, micro_batches, share, autocast
+    def __init__(self, state, loader, space, micro_batches, share, autocast):
+        self.state, self.loader, self.space, self.count, self.share, self.autocast = state, loader, space, micro_batches, share, autocast
 
     def batches(self):
-        """This rank's micro-batches of the step, on its device; gradients are summed over ranks in the last one alone."""
+        """This rank's micro-batches of the step, on its device, as namespaces of x_0, c, k, u, drop and eps (data.py).
+
+        Pictures and captions that are not cached go through the frozen networks here. Gradients are summed over ranks in the last one alone.
+        """
         device = self.state.ranks.device
         for i in range(self.count):
             try:
@@ -257,8 +277,10 @@ class _Step:
                 if self.state.warned <= 20:
                     print(f"warning: {line}; another takes its place" + (" (more are only counted)" if self.state.warned == 20 else ""),
                           file=sys.stderr)
+            captions = batch.pop("c") if isinstance(batch["c"], list) else None
             batch = SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "bad"})
-            batch.c = batch.c if batch.c.numel() else None      # condition = none
+            batch.c = self.space.captions(captions) if captions else batch.c if batch.c.numel() else None      # condition = none
+            batch.x_0 = self.space.x_0(batch.x, getattr(batch, "post", None)) if batch.x.dtype == torch.uint8 else batch.x
             if self.state.ranks.world > 1:
                 self.state.wrapped.require_backward_grad_sync = i == self.count - 1
             yield batch
@@ -314,7 +336,7 @@ def positions(first, last, batch, rank, world, micro):
         yield from (list(mine[i:i + micro]) for i in range(0, share, micro))
 
 
-def steps(state, data, config, batch, shown):
+def steps(state, data, space, config, batch, shown):
     """Yields a _Step for each optimiser step from the state's to train.steps, on global batches of `batch` images.
 
     shown: "loss" or "acc", the name of what the log gives by noise level. The script calls batches, backward and update, and
@@ -339,8 +361,7 @@ def steps(state, data, config, batch, shown):
 
     if ranks.rank == 0:
         state.mark(UNFINISHED)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, cores // ranks.world - 1))
+    workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, cores() // ranks.world - 1))
     # a fork shares the index; and when this process fails, nobody else stops decoding processes that ignore signals
     fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
     atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
@@ -361,7 +382,7 @@ def steps(state, data, config, batch, shown):
     since, images = time.monotonic(), 0
     try:
         while state.step < train.steps:
-            step = _Step(state, loader, count, batch / ranks.world, autocast)
+            step = _Step(state, loader, space, count, batch / ranks.world, autocast)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr = learning_rate(train, state.step)
                 group["weight_decay"] = train.weight_decay      # a checkpoint brings its own
@@ -402,12 +423,11 @@ def steps(state, data, config, batch, shown):
 # ---- pictures while training --------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def sample_grid(state, config, data, side=4, solver_steps=25):
+def sample_grid(state, config, data, space, side=4, solver_steps=25):
     """Pictures [side*side,S,S,3] uint8 from one expert's averaged weights, for the first conditions of its data (rank 0)."""
     x = torch.stack([torch.randn(data.noise_shape, generator=torch.Generator().manual_seed(i)) for i in range(side * side)])
-    c = None
-    if config.data.condition != "none":
-        c = torch.stack([data[i]["c"] for i in range(side * side)]).to(state.ranks.device)
+    c = collate([data[i] for i in range(side * side)])["c"]
+    c = space.captions(c) if isinstance(c, list) else c.to(state.ranks.device) if c.numel() else None
     null, w, objective = models.null_condition(state.model.config, c), config.sample.cfg, config.flow.objective
 
     def velocity(x_t, time):
@@ -417,4 +437,4 @@ def sample_grid(state, config, data, side=4, solver_steps=25):
         return v[0] if len(v) == 1 else flow.guide(v[0], v[1], w)
 
     *_, x = flow.integrate(velocity, x.to(state.ranks.device), flow.time_grid(solver_steps, config.flow.shift), config.sample.solver)
-    return to_uint8(x).cpu().numpy()
+    return space.pictures(x).cpu().numpy()

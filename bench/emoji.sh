@@ -1,17 +1,27 @@
 #!/usr/bin/env bash
-# Real pictures with captions, in pixel space: 1,405 emoji at 32 pixels, four experts, about an hour on 2 cores.
+# Real pictures with captions: 1,405 emoji, four experts, about an hour on 2 cores. In pixel space at 32 pixels; or, with an autoencoder and a
+# text encoder given, as cached latents at 64 pixels under that encoder's token features.
 #
 #     bash bench/emoji.sh 'EMOJI/*.tar' runs/emoji
+#     bash bench/emoji.sh 'EMOJI/*.tar' runs/emoji-latents AUTOENCODER TEXT_ENCODER
 #
 # EMOJI: captioned emoji as img2dataset-style tars (KEY.png, KEY.txt); here googlefonts/noto-emoji, png/128, with Unicode names.
+# AUTOENCODER: a folder in diffusers' format (here an AutoencoderKL of 0.5M, 64x64x3 -> 16x16x4, trained on such pictures); TEXT_ENCODER: one in
+# transformers' format (here all-MiniLM-L6-v2, a BERT of 22M).
 set -euo pipefail
 DATA=$1 RUN=${2:-runs/emoji}
 cd "$(dirname "$0")/.."
 export CUDA_VISIBLE_DEVICES=
-python cluster.py --data "$DATA" --run "$RUN" --config configs/demo.toml --data.size 32 --data.flip false \
-    --text.length 12 --text.vocab 8192 --model.preset mini/4 --router.preset tiny/4 \
+SPACE=(--data.size 32 --text.length 12 --text.vocab 8192 --model.preset mini/4 --router.preset tiny/4)
+if [ $# -gt 2 ]; then
+    SPACE=(--data.size 64 --text.length 16 --autoencoder.name "$3" --text.name "$4" --model.preset mini/2 --router.preset tiny/2)
+fi
+python cluster.py --data "$DATA" --run "$RUN" --config configs/demo.toml --data.flip false "${SPACE[@]}" \
     --train.steps 2000 --train.decay 800 --train.batch 128 --train.lr 1e-3 --train.warmup 50 --train.save_every 500 \
     --train.router.steps 120 --train.router.decay 60
+if [ $# -gt 2 ]; then
+    for k in 0 1 2 3 router; do python pretrained.py --run "$RUN" --shard $k --captions; done
+fi
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT     # should one fail, do not leave the other behind
 export OMP_NUM_THREADS=1        # two experts at a time, a core each
 for k in 0 2; do

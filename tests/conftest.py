@@ -1,10 +1,12 @@
-"""A tiny run, made once by the commands themselves: 240 drawn shapes of 8 pixels, 3 experts of 20,000 weights."""
+"""A tiny run, made once by the commands themselves: 240 drawn shapes of 8 pixels, 3 experts of 20,000 weights; and tiny pretrained networks."""
 import os
+import string
 import subprocess
 import sys
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"      # no test asks the network
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
@@ -90,6 +92,81 @@ def trained(clustered, tmp_path_factory):
     run = tmp_path_factory.mktemp("trained") / "run"
     shutil.copytree(clustered, run)
     for shard in (0, 1, 2, "all"):
+        command("train_expert.py", "--run", run, "--shard", shard)
+    command("train_router.py", "--run", run)
+    return run
+
+
+# ---- pretrained networks: the real classes with random weights -----------------------------------------------------
+
+def clip_tokenizer():
+    """Every letter is a token, and another one at the end of a word."""
+    from transformers import CLIPTokenizer
+    letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(letters)}, merges=[], model_max_length=24)
+
+
+def t5_tokenizer():
+    from transformers import T5Tokenizer
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((c, -3.0) for c in string.ascii_lowercase)], extra_ids=0)
+
+
+def bert_tokenizer():
+    from transformers import BertTokenizer
+    letters = string.ascii_lowercase
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)])},
+                         model_max_length=24)
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory):
+    """A folder of folders as save_pretrained writes them: dinov2, clip-image, clip, clip-2, t5, bert, vae, tiny-vae."""
+    import diffusers
+    import transformers
+    from transformers import (BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig,
+                              Dinov2Config, Dinov2Model, T5Config, T5EncoderModel)
+    import torch
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("networks")
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    clip_text = CLIPTextConfig(**small, vocab_size=54, max_position_embeddings=24, bos_token_id=52, eos_token_id=53, pad_token_id=53, projection_dim=12)
+    clip_image = CLIPVisionConfig(**small, image_size=28, patch_size=14, projection_dim=12)
+    made = {"dinov2": Dinov2Model(Dinov2Config(**small, image_size=28, patch_size=14)),
+            "clip-image": CLIPModel(CLIPConfig(text_config=clip_text.to_dict(), vision_config=clip_image.to_dict(), projection_dim=12)),
+            "clip": CLIPTextModel(clip_text),
+            "clip-2": CLIPTextModelWithProjection(CLIPTextConfig(**clip_text.to_dict() | {"hidden_size": 8})),
+            "t5": T5EncoderModel(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")),
+            "bert": BertModel(BertConfig(**small, vocab_size=57, max_position_embeddings=24)),
+            "vae": vae(),
+            "tiny-vae": diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                                                  num_decoder_blocks=(1, 1), latent_channels=4)}
+    tokenizers = {"clip": clip_tokenizer, "clip-2": clip_tokenizer, "t5": t5_tokenizer, "bert": bert_tokenizer}
+    for name, network in made.items():
+        network.save_pretrained(folder / name)
+        if name in tokenizers:
+            tokenizers[name]().save_pretrained(folder / name)
+    return folder
+
+
+def vae(**options):
+    """8x8 pictures -> 4x4 latents."""
+    import diffusers
+    settings = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=(8, 8), norm_num_groups=4,
+                    latent_channels=4, sample_size=8, scaling_factor=0.5, shift_factor=0.25)
+    return diffusers.AutoencoderKL(**settings | options)
+
+
+@pytest.fixture(scope="session")
+def latent_run(tars, config, networks, tmp_path_factory):
+    """A run in the real recipe's shape, trained: DINOv2 clusters, cached latents, SDXL's pair of text encoders. Do not change it, copy it."""
+    run = tmp_path_factory.mktemp("latent") / "run"
+    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--experts", 2, "--features.name", networks / "dinov2",
+            "--features.pool", "cls+mean", "--autoencoder.name", networks / "vae", "--text.name", f"{networks / 'clip'} + {networks / 'clip-2'}",
+            "--text.layer", "penultimate", "--text.length", 20, "--train.batch", 12)
+    for shard in (0, 1, "router"):
+        command("pretrained.py", "--run", run, "--shard", shard, "--captions")
+    for shard in (0, 1):
         command("train_expert.py", "--run", run, "--shard", shard)
     command("train_router.py", "--run", run)
     return run

@@ -74,7 +74,7 @@ def test_a_run_that_does_not_exist(tmp_path):
     ("[train]\nsteps = 'many'", ["train.steps = 'many' is not a whole number"]),
     ("[train]\nsteps = 1.5", ["train.steps = 1.5 is not a whole number"]),
     ("[data]\ncondition = 'txt'", ["data.condition = 'txt' is not one of 'none', 'class', 'text'"]),
-    ("[features]\nname = 'facebook/dinov2-large'", ["features.name = 'facebook/dinov2-large' is not one of 'pixels'"]),
+    ("[features]\npool = 'mean'", ["features.pool = 'mean' is not one of 'cls', 'cls+mean'"]),
     ("[train]\nlog_every = 0", ["train.log_every = 0 must be a number of at least 1"]),
     ("[train.router]\nbatch = 0", ["train.router.batch = 0 must be"]),
     ("[train]\nlr = nan", ["train.lr = nan must be"]),

@@ -1,0 +1,434 @@
+"""The frozen networks, tiny and with random weights but of the real classes: what each role computes, and the pipeline on what they make."""
+import csv
+import glob
+import io
+import json
+import os
+import shutil
+import tarfile
+from contextlib import redirect_stderr
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import clip_tokenizer, command, vae
+from PIL import Image
+from test_mistakes import refused
+
+import common
+import data
+import ensemble
+import flow
+import model as models
+import pretrained
+from data import draw_shape
+
+CPU = torch.device("cpu")
+
+
+def settings(**values):
+    """A config with these keys: `features__name` is features.name."""
+    return common.make_config({key.replace("__", "."): value for key, value in values.items()})
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [draw_shape(np.random.default_rng(i), 40)[0] for i in range(5)]
+
+
+# ---- image features -----------------------------------------------------------------------------------------------
+
+def test_dinov2_features_are_pooled_as_the_config_says_and_of_length_one(networks, images):
+    network = transformers.Dinov2Model.from_pretrained(networks / "dinov2").eval()
+    x = torch.stack([torch.from_numpy(data.square(image, 224).copy()) for image in images]).permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        tokens = network(x).last_hidden_state
+    assert tokens.shape[1] == 1 + 16 * 16       # patches of 14
+    for pool, wanted in (("cls", tokens[:, 0]), ("cls+mean", torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))):
+        features, about = pretrained.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__batch=2), CPU)
+        found = torch.from_numpy(features(images))
+        torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
+        assert features([]).shape == (0, found.shape[1]) and pool in about and "224" in about
+
+
+def test_clip_image_features_are_the_projected_embedding_under_clip_s_own_statistics(networks, images):
+    network = transformers.CLIPModel.from_pretrained(networks / "clip-image").eval()
+    x = torch.stack([torch.from_numpy(data.square(image, 28).copy()) for image in images]).permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        wanted = network.visual_projection(network.vision_model(x).pooler_output)
+    found = torch.from_numpy(pretrained.image_features(settings(features__name=str(networks / "clip-image")), CPU)[0](images))
+    torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+# ---- autoencoder --------------------------------------------------------------------------------------------------
+
+def test_latents_are_standardised_by_the_autoencoder_s_own_config(networks, tmp_path):
+    x = torch.randn(3, 3, 8, 8)
+    per_channel = dict(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[0.5, 1.0, 2.0, 4.0], shift_factor=None)
+    for options, scale, shift in (({}, 0.5, 0.25), ({"shift_factor": None, "scaling_factor": 3.0}, 3.0, 0.0),
+                                  (per_channel, [1.0, 0.5, 0.25, 0.125], [1.0, 2.0, 3.0, 4.0])):
+        network = vae(**options)
+        network.save_pretrained(tmp_path / "vae")
+        found = pretrained.autoencoder(str(tmp_path / "vae"), CPU)
+        mean, std = found.encode(x)
+        scale, shift = (torch.tensor(v).view(-1, 1, 1) for v in (scale, shift))
+        with torch.no_grad():
+            posterior = network.eval().encode(x).latent_dist
+            torch.testing.assert_close(mean, (posterior.mean - shift) * scale)
+            torch.testing.assert_close(std, posterior.std * scale)
+            torch.testing.assert_close(found.decode(mean), network.decode(posterior.mean).sample)
+
+
+def test_a_config_that_leaves_the_scale_out_means_the_class_s_default(networks, tmp_path):
+    """As Stable Diffusion's own autoencoder does."""
+    shutil.copytree(networks / "vae", tmp_path / "vae")
+    about = json.loads((tmp_path / "vae" / "config.json").read_text())
+    for key in ("scaling_factor", "shift_factor"):
+        del about[key]
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(about))
+    info = pretrained.autoencoder(str(tmp_path / "vae"), CPU).info
+    assert (info["scale"], info["shift"]) == (0.18215, 0.0)
+
+
+def test_the_tiny_autoencoder_has_no_posterior(networks):
+    found, network = pretrained.autoencoder(str(networks / "tiny-vae"), CPU), diffusers.AutoencoderTiny.from_pretrained(networks / "tiny-vae").eval()
+    x = torch.rand(2, 3, 8, 8) * 2 - 1
+    mean, std = found.encode(x)
+    assert std is None and found.info["factor"] == 2 and mean.shape == (2, 4, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(mean, network.encode(x).latents)
+        torch.testing.assert_close(found.decode(mean), network.decode(mean).sample)
+
+
+@pytest.mark.parametrize("name", ["vae", "tiny-vae"])
+def test_decoding_is_bounded_in_batch_and_in_size(networks, monkeypatch, name):
+    monkeypatch.setattr(pretrained, "AT_ONCE", 3 * 64)
+    whole = pretrained.autoencoder(str(networks / name), CPU)
+    sizes = []
+    monkeypatch.setattr(pretrained, "TILE", 16)
+    tiled = pretrained.autoencoder(str(networks / name), CPU)
+    kind = getattr(diffusers.models.autoencoders, {"vae": "autoencoder_kl", "tiny-vae": "autoencoder_tiny"}[name])
+    decoder = kind.Decoder if name == "vae" else kind.DecoderTiny
+    forward = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda self, z, *rest: (sizes.append(tuple(z.shape)), forward(self, z, *rest))[1])
+    z = torch.randn(7, 4, 4, 4)
+    a = whole.decode(z)
+    assert max(n for n, *_ in sizes) == 3 and sum(n for n, *_ in sizes) == 7
+    torch.testing.assert_close(a, torch.cat([whole.decode(one) for one in z.split(1)]), rtol=1e-3, atol=1e-4)
+    sizes.clear()
+    z = torch.ones(1, 4, 40, 40)
+    pictures = tiled.decode(z)
+    assert max(max(shape[2:]) for shape in sizes) == 8 and len(sizes) > 25      # tiles of 16 pixels that overlap
+    # of constant latents: a constant picture, but for the borders of the picture, or of a tile
+    middle = whole.decode(torch.ones(1, 4, 8, 8))[..., 7:9, 7:9].mean()
+    assert pictures.shape == (1, 3, 80, 80) and (pictures.median() - middle).abs() < 0.2
+    sizes.clear()
+    tiled.decode(z[..., :8, :8])
+    assert [shape[2:] for shape in sizes] == [(8, 8)]       # what fits is decoded whole
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+
+CAPTIONS = ["a red cross", "blue", "", "  ", "a yellow triangle"]
+
+
+def encoder(networks, *names, length=20, layer="last"):
+    return pretrained.text_encoder(settings(text__name=" + ".join(str(networks / n) for n in names), text__length=length, text__layer=layer).text, CPU)
+
+
+@pytest.mark.parametrize("name", ["clip", "clip-2", "t5", "bert"])
+def test_token_features_are_the_encoder_s_and_zero_behind_the_last_token(networks, name):
+    kind = {"clip": transformers.CLIPTextModel, "clip-2": transformers.CLIPTextModelWithProjection, "t5": transformers.T5EncoderModel,
+            "bert": transformers.BertModel}[name]
+    network, tokenizer = kind.from_pretrained(networks / name).eval(), transformers.AutoTokenizer.from_pretrained(networks / name)
+    found = encoder(networks, name)
+    c = found.encode(CAPTIONS)
+    assert c.shape == (5, 20, found.info["dim"]) and c.dtype == torch.float16
+    for i in (0, 1, 4):
+        with torch.no_grad():
+            wanted = network(**tokenizer(CAPTIONS[i], return_tensors="pt")).last_hidden_state[0]        # alone, without padding
+        n = len(wanted)
+        assert 4 < n < 20
+        torch.testing.assert_close(c[i, :n].float(), wanted, rtol=2e-3, atol=2e-3)
+        assert c[i, n:].abs().max() == 0 and c[i, :n].any(1).all()
+    assert c[2:4].abs().max() == 0       # the empty caption
+
+
+def test_sdxl_s_pair_of_encoders_stands_side_by_side(networks):
+    one, two, pair = (encoder(networks, *names, layer="penultimate") for names in (["clip"], ["clip-2"], ["clip", "clip-2"]))
+    assert pair.info["dim"] == 24
+    torch.testing.assert_close(pair.encode(CAPTIONS), torch.cat([one.encode(CAPTIONS), two.encode(CAPTIONS)], dim=2))
+    network = transformers.CLIPTextModel.from_pretrained(networks / "clip").eval()
+    with torch.no_grad():
+        out = network(**clip_tokenizer()("a red cross", return_tensors="pt"), output_hidden_states=True)
+    n = out.hidden_states[-2].shape[1]
+    torch.testing.assert_close(one.encode(["a red cross"])[0, :n].float(), out.hidden_states[-2][0], rtol=2e-3, atol=2e-3)
+
+
+def test_long_captions_are_cut_with_one_warning(networks):
+    found = encoder(networks, "clip", length=8)
+    with redirect_stderr(io.StringIO()) as stderr:
+        first = found.encode(["a purple triangle", "a"])
+        found.encode(["another long caption"])
+    assert stderr.getvalue().count("warning") == 1 and "1 of 2 captions are longer than text.length = 8 tokens" in stderr.getvalue()
+    assert first[0].any(1).all()
+
+
+def test_more_tokens_than_the_encoder_reads(networks):
+    with pytest.raises(common.UserError, match="text.length = 25, but .*clip' reads 24 tokens at most"):
+        encoder(networks, "clip", length=25)
+
+
+def test_the_empty_prompt_is_the_unconditional_branch(networks, latent_run):
+    network, _ = models.load(latent_run / "experts" / "0.safetensors")
+    c = encoder(networks, "clip", "clip-2", layer="penultimate").encode(["", "a red circle"])
+    assert torch.equal(models.null_condition(network.config, c)[:1], c[:1])
+    with torch.no_grad():
+        network.head.weight.normal_()
+        for block in network.blocks:
+            block.cross.proj.weight.normal_()
+        x, t = torch.randn(1, 4, 4, 4).expand(2, -1, -1, -1), torch.full((2,), 0.5)
+        null = models.null_condition(network.config, c)
+        out, none = network(x, t, c), network(x, t, null)
+    torch.testing.assert_close(out[0], none[0])
+    assert (out[1] - none[1]).abs().max() > 1e-3
+
+
+# ---- identity -----------------------------------------------------------------------------------------------------
+
+def test_a_network_is_its_weights_and_not_its_name_or_file(networks, tmp_path):
+    clip = pretrained.text_encoder(settings(text__name=str(networks / "clip"), text__length=20).text, CPU).info
+    shutil.copytree(networks / "clip", tmp_path / "elsewhere")
+    moved = pretrained.text_encoder(settings(text__name=str(tmp_path / "elsewhere"), text__length=20).text, CPU).info
+    assert moved["name"] != clip["name"] and pretrained.identity(moved) == pretrained.identity(clip)
+    network = transformers.CLIPTextModel.from_pretrained(networks / "clip")
+    mark = pretrained.digest(network)
+    renamed = torch.nn.ModuleDict({"other": network})
+    assert pretrained.digest(renamed) == mark == clip["weights"].split(":")[1]
+    with torch.no_grad():
+        network.final_layer_norm.weight[0] += 1e-3
+    assert pretrained.digest(network) != mark
+
+
+# ---- the pipeline -------------------------------------------------------------------------------------------------
+
+def rows(run, name):
+    with open(os.path.join(run, "logs", f"{name}.csv"), newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def members(folder):
+    found = {}
+    for path in sorted(glob.glob(os.path.join(folder, "*.tar"))):
+        with tarfile.open(path) as tar:
+            found |= {m.name: tar.extractfile(m).read() for m in tar}
+    return found
+
+
+def test_cached_latents_and_captions_are_what_the_networks_make_of_each_sample(latent_run, networks):
+    source, cached = members(latent_run / "shards" / "router"), members(latent_run / "latents" / "router")
+    about = json.loads((latent_run / "latents" / "router" / "about.json").read_text())
+    assert about["shapes"] == [[2, 2, 4, 4, 4]] and about["tars"] == [f"0000{i}.tar" for i in range(3)]
+    assert {n for n in cached if not n.endswith((".lat", ".tok"))} == {n for n in source if not n.endswith(".png")}
+    assert all(cached[n] == source[n] for n in cached if n in source)
+    latent, text = pretrained.autoencoder(str(networks / "vae"), CPU), encoder(networks, "clip", "clip-2", layer="penultimate")
+    for key in sorted(n[:-4] for n in source if n.endswith(".png"))[::60]:
+        image = data.decode(source[f"{key}.png"])
+        x = data.to_float(torch.from_numpy(np.stack([data.square(image, 8), data.square(image, 8, mirror=True)])))
+        wanted = torch.stack(latent.encode(x), dim=1)
+        found = torch.from_numpy(np.frombuffer(cached[f"{key}.lat"], np.float16).reshape(2, 2, 4, 4, 4).astype(np.float32))
+        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-4)
+        c = text.encode([source[f"{key}.txt"].decode()])[0]
+        tokens = np.frombuffer(cached[f"{key}.tok"], np.float16).reshape(-1, 24)
+        torch.testing.assert_close(torch.from_numpy(tokens.copy()), c[:len(tokens)], rtol=1e-2, atol=1e-2)
+        assert not c[len(tokens):].any() and len(tokens) == len(clip_tokenizer()(source[f"{key}.txt"].decode())["input_ids"])
+
+
+def test_training_is_the_same_on_cached_latents_as_on_the_fly(latent_run, tmp_path):
+    """Also: a training on the fly needs no cache, and one on the cache no shards."""
+    for script, name in ((["train_expert.py", "--shard", "0"], "expert-0"), (["train_router.py"], "router")):
+        runs = {}
+        for kind, gone in (("fly", "latents"), ("cached", "shards")):
+            runs[kind] = shutil.copytree(latent_run, tmp_path / name / kind, ignore=shutil.ignore_patterns(gone, "experts", "logs", "checkpoints", "samples"))
+            if kind == "fly":
+                command(*script, "--run", runs[kind])
+        done = [runs["fly"], latent_run]
+        for a, b in zip(rows(done[0], name), rows(done[1], name), strict=True):
+            assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3), (a, b)
+    command("train_expert.py", "--shard", 0, "--run", runs["cached"])
+    assert (runs["cached"] / "experts" / "0.safetensors").read_bytes() == (latent_run / "experts" / "0.safetensors").read_bytes()
+
+
+def test_each_epoch_draws_from_the_posterior_anew(latent_run):
+    tars = sorted(glob.glob(str(latent_run / "latents" / "0" / "*.tar")))
+    samples = data.TarDataset(tars, 8, "text", None, flip=True, noise_shape=(4, 4, 4), posterior=True, latent=[2, 2, 4, 4, 4], tokens=(20, 24))
+    n, drawn = len(samples), {}
+    for position in range(40 * n):
+        if samples.order(position) == 0:
+            drawn[position] = samples[position]["x"]
+    assert len(drawn) == 40
+    stored = np.frombuffer(samples.members(0)["lat"], np.float16).reshape(2, 2, 4, 4, 4).astype(np.float32)
+    z, mirrored = [], 0
+    for position, x in drawn.items():
+        flip = np.random.Generator(np.random.Philox(key=[0, position])).random() < 0.5
+        mirrored += flip
+        z.append((x.numpy() - stored[int(flip), 0]) / stored[int(flip), 1])
+    assert abs(np.mean(z)) < 0.06 and abs(np.std(z) - 1) < 0.05 and 10 < mirrored < 30
+
+
+def test_caching_on_two_ranks_and_after_an_interruption_gives_the_same(latent_run, tmp_path):
+    run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("latents", "experts", "checkpoints"))
+    done = command("pretrained.py", "--run", run, "--shard", "router", "--captions", ranks=2)
+    assert "GB per million images" in done.stdout and "240 samples made now" in done.stdout
+    same = lambda: members(run / "latents" / "router") == members(latent_run / "latents" / "router")
+    assert same()
+    os.remove(run / "latents" / "router" / "00001.tar")
+    kept = os.stat(run / "latents" / "router" / "00000.tar").st_mtime_ns
+    refused("train_router.py", "--run", run, says=["lacks 1 of 3 tars, 00001.tar", "pretrained.py", "--data.cached false"])
+    done = command("pretrained.py", "--run", run, "--shard", "router", "--captions")
+    assert same() and "100 samples made now" in done.stdout and os.stat(run / "latents" / "router" / "00000.tar").st_mtime_ns == kept
+
+
+def test_the_size_that_is_printed_is_the_size_on_disk(latent_run, tmp_path):
+    run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("latents", "experts", "checkpoints"))
+    text = command("pretrained.py", "--run", run, "--shard", "1", "--captions").stdout
+    count, each = int(text.split(": ")[1].split()[0]), [float(text.split(word)[0].split()[-1]) for word in (" bytes", " of token", " of other")]
+    size = sum(os.path.getsize(p) - 1024 for p in glob.glob(str(run / "latents" / "1" / "*.tar")))
+    assert each[0] == 512 + 512 and size == pytest.approx(count * sum(each), rel=0.05)
+
+
+def test_samples_are_decoded_pictures_also_where_the_networks_have_moved(latent_run, networks, tmp_path):
+    run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("shards", "latents", "checkpoints"))
+    flags = ["--prompt", "a red circle", "--prompt", "", "--n", 2, "--steps", 3]
+    command("sample.py", "--run", run, *flags, "--out", tmp_path / "a")
+    pictures = [np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(str(tmp_path / "a" / "0*.png")))]
+    assert len(pictures) == 4 and all(p.shape == (8, 8, 3) for p in pictures)
+    # what the models say, decoded by hand
+    team = ensemble.Ensemble(run, CPU)
+    c = encoder(networks, "clip", "clip-2", layer="penultimate").encode(["a red circle"])
+    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    *_, x = flow.integrate(team.velocity(c, 4.0, "top-1", torch.rand(1))[0], x, flow.time_grid(3))
+    wanted = data.to_uint8(pretrained.autoencoder(str(networks / "vae"), CPU).decode(x))[0].numpy().astype(int)
+    assert np.abs(pictures[1] - wanted).max() <= 1
+    shutil.copytree(networks, tmp_path / "moved")
+    for path in glob.glob(str(run / "experts" / "*")) + [run / "router.safetensors"]:       # as if the folder of the training machine were not here
+        network, info = models.load(path)
+        info["autoencoder"]["name"], info["text"]["name"] = "/elsewhere/vae", "/elsewhere/clip + /elsewhere/clip-2"
+        info.pop("model")
+        models.save(path, network.config, network.state_dict(), **info)
+    refused("sample.py", "--run", run, *flags, "--out", tmp_path / "b", says=["text.name = '/elsewhere/clip'", "--text.name DIR"])
+    command("sample.py", "--run", run, *flags, "--out", tmp_path / "b", "--autoencoder.name", tmp_path / "moved" / "vae",
+            "--text.name", f"{tmp_path / 'moved' / 'clip'} + {tmp_path / 'moved' / 'clip-2'}")
+    again = [np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(str(tmp_path / "b" / "0*.png")))]
+    assert all(np.abs(a - b).max() <= 1 for a, b in zip(pictures, again, strict=True))
+
+
+def test_clip_clusters_tiny_latents_and_t5_on_the_fly_and_without_flips(tars, config, networks, tmp_path):
+    run = tmp_path / "run"
+    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--experts", 1, "--features.name", networks / "clip-image",
+            "--autoencoder.name", networks / "tiny-vae", "--text.name", networks / "t5", "--text.length", 20, "--data.flip", "false", ranks=2)
+    assert "CLIPVisionModelWithProjection" in open(run / "clusters.safetensors", "rb").read(2000).decode(errors="replace")
+    done = command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 4)
+    assert "latents not cached" in done.stdout
+    command("pretrained.py", "--run", run, "--shard", 0)
+    assert json.loads((run / "latents" / "0" / "about.json").read_text())["shapes"] == [[1, 1, 4, 4, 4]]
+    done = command("train_expert.py", "--run", run, "--shard", 0)       # goes on on the cache, captions still on the fly
+    assert "latents cached in" in done.stdout and "resumed at step 4" in done.stdout
+    command("sample.py", "--run", run, "--prompt", "a red circle", "--steps", 2, "--out", run / "out")
+
+
+# ---- what does not fit --------------------------------------------------------------------------------------------
+
+def rewrite(path, change):
+    """The model file with other metadata."""
+    network, info = models.load(path)
+    change(info)
+    info.pop("model")
+    models.save(path, network.config, network.state_dict(), **info)
+
+
+def test_a_wrong_pair_of_networks_is_refused_in_one_line(latent_run, networks, tmp_path):
+    run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("shards", "latents", "checkpoints"))
+    torch.manual_seed(1)
+    vae().save_pretrained(tmp_path / "other-vae")
+    vae(scaling_factor=0.6).save_pretrained(tmp_path / "scaled")
+    shutil.copy(networks / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "scaled")
+    say = ["sample.py", "--run", run, "--prompt", "x", "--out", tmp_path / "out"]
+    # between router, experts and what sample.py is given
+    refused(*say, "--autoencoder.name", tmp_path / "other-vae", says=["autoencoder", "/vae'", "/other-vae'", "weights"])
+    refused(*say, "--autoencoder.name", tmp_path / "scaled", says=["/scaled'", "scale 0.5", "scale 0.6"])
+    refused(*say, "--text.name", networks / "clip", says=["text", "clip-2'", "/clip'"])
+    refused(*say, "--text.name", networks / "t5", says=["text", "T5EncoderModel", "CLIPTextModel"])
+    # between the models' files
+    path = run / "experts" / "1.safetensors"
+    before = path.read_bytes()
+    for role, key, value, words in (("autoencoder", "weights", "abcdef", ["weights abcdef"]), ("autoencoder", "scale", 0.4, ["scale 0.4", "scale 0.5"]),
+                                    ("text", "weights", "T5EncoderModel:123", ["T5EncoderModel:123"])):
+        rewrite(path, lambda info: info[role].update({key: value, "name": "another"}))
+        refused(*say, says=["1.safetensors", "do not fit together", role, "'another'", str(networks), *words])
+        path.write_bytes(before)
+    # the same name, but other weights behind it now
+    shutil.copytree(networks / "vae", tmp_path / "vae")
+    for file in (*glob.glob(str(run / "experts" / "*")), run / "router.safetensors"):
+        rewrite(file, lambda info: info["autoencoder"].update(name=str(tmp_path / "vae")))
+    shutil.rmtree(tmp_path / "vae")
+    shutil.copytree(tmp_path / "other-vae", tmp_path / "vae")
+    refused(*say, says=["was made with autoencoder", "weights"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_of_other_networks_or_settings_is_refused(latent_run, networks, tmp_path):
+    run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("experts", "checkpoints"))
+    torch.manual_seed(1)
+    vae().save_pretrained(tmp_path / "other-vae")
+    train = ["train_expert.py", "--run", run, "--shard", 0]
+    refused(*train, "--autoencoder.name", tmp_path / "other-vae", says=["latents/0", "was made with autoencoder", "/other-vae'"])
+    refused(*train, "--text.name", networks / "t5", says=["latents/0", "was made with text", "/t5'"])
+    refused(*train, "--text.length", 10, says=["length 20", "length 10"])
+    refused(*train, "--data.size", 16, says=["latents/0", "data.size = 8", "16"])
+    refused(*train, "--data.crop", "random", says=["data.crop", "'random'"])
+    refused("pretrained.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "other-vae", "--captions", says=["was made with autoencoder", "/other-vae'"])
+    refused("pretrained.py", "--run", run, "--shard", 0, says=["was made with text", "delete the folder"])
+    about = json.loads((run / "latents" / "0" / "about.json").read_text())
+    (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"flip": False}))
+    refused(*train, says=["data.flip = False", "True"])
+    (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"autoencoder": about["autoencoder"] | {"name": "another", "weights": "0"}}))
+    refused("train_expert.py", "--run", run, "--shard", "all", says=["different networks", "latents/1", "latents/0", "'another'"])
+
+
+def test_a_training_does_not_go_on_in_another_latent_space(latent_run, networks, tmp_path):
+    run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("latents"))
+    shutil.copytree(networks / "vae", tmp_path / "vae")
+    about = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(about | {"scaling_factor": 0.6}))
+    refused("train_expert.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "vae", says=["autoencoder", "'scale': 0.5", "'scale': 0.6"])
+
+
+@pytest.mark.parametrize("key", ["features.name", "autoencoder.name", "text.name"])
+def test_a_name_that_cannot_be_fetched(tars, config, tmp_path, key):
+    refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, f"--{key}", "someone/some-network",
+            says=[f"{key} = 'someone/some-network'", "cannot be fetched", "offline", f"--{key} DIR"])
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_networks_of_the_wrong_kind(tars, config, networks, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for key, value, says in (("features.name", networks / "t5", ["'t5'", "dinov2"]), ("autoencoder.name", networks / "t5", ["'t5'", "AutoencoderKL"]),
+                             ("features.name", tmp_path / "empty", ["without config.json"])):
+        refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, f"--{key}", value, says=[key, *says])
+    refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--autoencoder.name", networks / "vae", "--data.size", 9,
+            says=["data.size = 9 is not a multiple of 2"])
+    # weights that are not there would be random ones
+    network = transformers.CLIPVisionModel(transformers.CLIPModel.from_pretrained(networks / "clip-image").config.vision_config)
+    network.save_pretrained(tmp_path / "no-projection")
+    with pytest.raises(common.UserError, match="lacks weights of a CLIPVisionModelWithProjection: visual_projection.weight"):
+        pretrained.image_features(settings(features__name=str(tmp_path / "no-projection")), CPU)
+
+
+def test_nothing_to_cache(clustered):
+    refused("pretrained.py", "--run", clustered, "--shard", 0, says=["nothing to cache", "pixel space"])
+    refused("pretrained.py", "--run", clustered, "--shard", 9, says=["no tars in", "shards/9"])
