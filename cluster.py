@@ -285,7 +285,7 @@ def main():
     if ranks.rank == 0:     # only now: a call that failed above leaves no config behind that the next one would have to match
         write_toml(config, os.path.join(args.run, "config.toml"))
         with atomic(clusters_file) as temporary:
-            metadata = {"fingerprint": mark, "extractor": description, "seed": config.cluster.seed, "assign": config.cluster.assign,
+            metadata = {"fingerprint": mark, "features": config.features.name, "extractor": description, "seed": config.cluster.seed, "assign": config.cluster.assign,
                         "inputs": inputs, "tars": len(tars)}
             save_file(clusters | {"counts": np.array(sizes, np.int64)}, temporary, metadata={"nanoddm": json.dumps(metadata, sort_keys=True)})
     barrier()

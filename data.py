@@ -1,6 +1,7 @@
 """Tar shards in and out, and the embedded demo set.
 
-    python data.py --out data/shapes --images 6000 --size 16      # draws captioned coloured shapes
+    python data.py --out data/shapes --images 6000 --size 16                      # draws captioned coloured shapes
+    python data.py --out data/imagenet --imagenet ILSVRC2012_img_train.tar        # ImageNet's own tar to shards with classes
 
 A shard is a tar as img2dataset writes it: the members of one sample stand together and share the name up to the first dot,
 KEY.jpg|png|webp, KEY.txt (caption), KEY.json, KEY.cls (class number); pretrained.py's have KEY.lat (latents) instead of the picture.
@@ -434,29 +435,60 @@ def draw_shape(rng, size):
     return image.resize((size, size), Image.Resampling.BOX), f"a {colour} {shape}"
 
 
+def drawn(images, size, seed):
+    """Yields (key, {extension: payload}) of the demo set."""
+    for i in range(images):
+        image, caption = draw_shape(np.random.default_rng([seed, i]), size)
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        yield f"{i:09d}", {"png": png.getvalue(), "txt": caption.encode()}
+
+
+def imagenet(path):
+    """Yields (key, {extension: payload}) of ILSVRC2012_img_train.tar, a tar of one tar a class; classes are numbered in their names' order."""
+    try:
+        with tarfile.open(path, "r:") as outer:
+            names = sorted(m.name for m in outer if m.isfile() and m.name.endswith(".tar"))
+            for number, name in enumerate(names):
+                with tarfile.open(fileobj=outer.extractfile(name), mode="r:") as inner:
+                    for m in inner:
+                        yield os.path.basename(m.name).partition(".")[0], {"jpg": inner.extractfile(m).read(), "cls": str(number).encode()}
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"--imagenet {path}: {error}; the file is ImageNet's own ILSVRC2012_img_train.tar") from None
+    if not names:
+        raise UserError(f"--imagenet {path} holds no tars of classes; the file is ImageNet's own ILSVRC2012_img_train.tar")
+
+
 def main():
     parser = make_parser(__doc__, [], run=False)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the tars")
-    parser.add_argument("--images", type=int, default=6000, metavar="N", help="pictures to draw (default: 6000)")
-    parser.add_argument("--size", type=int, default=32, metavar="S", help="pixels a side (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--per-tar", type=int, default=1000, metavar="N", help="pictures a tar (default: 1000)")
+    parser.add_argument("--images", type=int, metavar="N", help="pictures to draw (default: 6000)")
+    parser.add_argument("--size", type=int, metavar="S", help="pixels a side (default: 32)")
+    parser.add_argument("--seed", type=int, metavar="N", help="default: 0")
+    parser.add_argument("--imagenet", metavar="TAR", help="instead of drawing: ILSVRC2012_img_train.tar, to shards of KEY.jpg and KEY.cls")
+    parser.add_argument("--per-tar", type=int, metavar="N", help="pictures a tar (default: 1000, of ImageNet 10000)")
     args, _ = parse(parser)
-    if min(args.images, args.size, args.per_tar) < 1 or args.seed < 0:
-        raise UserError(f"--images {args.images}, --size {args.size} and --per-tar {args.per_tar} must be at least 1, --seed {args.seed} at least 0")
-    names = [f"{i:05d}.tar" for i in range(-(-args.images // args.per_tar))]
+    if args.imagenet and (args.images, args.size, args.seed) != (None, None, None):
+        raise UserError("--images, --size and --seed belong to the drawn set, --imagenet copies pictures as they are")
+    images, size, seed = (default if value is None else value for value, default in ((args.images, 6000), (args.size, 32), (args.seed, 0)))
+    per_tar = args.per_tar if args.per_tar is not None else 10000 if args.imagenet else 1000
+    if min(images, size, per_tar) < 1 or seed < 0:
+        raise UserError(f"--images {images}, --size {size} and --per-tar {per_tar} must be at least 1, --seed {seed} at least 0")
+    names = {f"{i:05d}.tar" for i in range(-(-images // per_tar))} if not args.imagenet else set()
     there = os.listdir(args.out) if os.path.isdir(args.out) else []
     if other := sorted(name for name in there if name.endswith(".tar") and name not in names):
         raise UserError(f"{args.out} holds {len(other)} other tars, {other[0]} the first, which would count as part of the set: use another --out")
-    for first, name in zip(progress(range(0, args.images, args.per_tar), desc="drawing"), names):
-        with TarWriter(os.path.join(args.out, name)) as tar:
-            for i in range(first, min(first + args.per_tar, args.images)):
-                image, caption = draw_shape(np.random.default_rng([args.seed, i]), args.size)
-                png = io.BytesIO()
-                image.save(png, "PNG")
-                tar.add(f"{i:09d}.png", png.getvalue())
-                tar.add(f"{i:09d}.txt", caption.encode())
-    print(f"{args.images} pictures in {args.out}")
+    samples = imagenet(args.imagenet) if args.imagenet else drawn(images, size, seed)
+    samples = iter(progress(samples, desc="writing", unit=" images", total=None if args.imagenet else images))
+    number = count = 0
+    for first in samples:
+        with TarWriter(os.path.join(args.out, f"{number:05d}.tar")) as tar:
+            for key, members in itertools.chain([first], itertools.islice(samples, per_tar - 1)):
+                for extension, payload in members.items():
+                    tar.add(f"{key}.{extension}", payload)
+                count += 1
+        number += 1
+    print(f"{count} pictures in {args.out}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from conftest import command
 from PIL import Image
 
 import data
@@ -274,3 +275,25 @@ def test_the_demo_set_is_the_same_for_a_seed():
     again, same = data.draw_shape(np.random.default_rng([4, 2]), 16)
     assert caption == same and image.tobytes() == again.tobytes()
     assert data.draw_shape(np.random.default_rng([5, 2]), 16)[0].tobytes() != image.tobytes()
+
+
+def test_imagenet_s_own_tar_becomes_shards_with_classes_in_the_names_order(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as outer:
+        for name in ("n02", "n01"):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for i in range(3):
+                    info = tarfile.TarInfo(f"{name}_{i}.JPEG")
+                    info.size = 4
+                    tar.addfile(info, io.BytesIO(f"{name[1:]}{i} ".encode()))
+            info = tarfile.TarInfo(f"{name}.tar")
+            info.size = len(inner.getvalue())
+            outer.addfile(info, io.BytesIO(inner.getvalue()))
+    assert "6 pictures" in command("data.py", "--out", tmp_path / "out", "--imagenet", tmp_path / "train.tar", "--per-tar", 4).stdout
+    found = [[(s.key, sorted(s.members)) for s in scan_tar(tmp_path / "out" / f"0000{i}.tar")] for i in range(2)]
+    assert [len(samples) for samples in found] == [4, 2] and all(m == ["cls", "image"] for samples in found for _, m in samples)
+    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+        payloads = {m.name: tar.extractfile(m).read() for m in tar}
+    assert payloads["n01_2.jpg"] == b"012 " and payloads["n01_2.cls"] == b"0" and payloads["n02_0.cls"] == b"1"
+    done = command("data.py", "--out", tmp_path / "none", "--imagenet", tmp_path / "out" / "00000.tar", check=False)
+    assert done.returncode == 2 and "ILSVRC2012_img_train.tar" in done.stderr and not os.path.exists(tmp_path / "none")

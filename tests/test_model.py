@@ -26,6 +26,7 @@ def shaken(model):
 
 
 TEXT = dict(condition="text", vocab=64, length=5)
+TOKENS = dict(condition="text", text_dim=6, length=5)
 CLASS = dict(condition="class", classes=10)
 
 
@@ -39,10 +40,12 @@ def test_presets_have_the_published_parameter_counts(name, millions):
         assert round(count) == millions if patch == 2 else abs(count - millions) < 1.5
 
 
-@pytest.mark.parametrize("kind, extra", [(DiT, {}), (DiT, CLASS), (DiT, TEXT), (Router, TEXT | {"clusters": 4}), (Router, {"clusters": 8})])
+@pytest.mark.parametrize("kind, extra", [(DiT, {}), (DiT, CLASS), (DiT, TEXT), (DiT, TOKENS), (Router, TEXT | {"clusters": 4}),
+                                         (Router, {"clusters": 8})])
 def test_flops_formula_agrees_with_torch_s_counter(kind, extra):
     model = small(kind, **extra)
     c = {"text": torch.ones(1, 5, dtype=torch.int64), "class": torch.ones(1, dtype=torch.int64)}.get(extra.get("condition"))
+    c = torch.ones(1, 5, 6) if extra is TOKENS else c
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, 3, 8, 8), torch.zeros(1), c)
     assert model.flops() == counter.get_total_flops()
@@ -98,7 +101,20 @@ def test_padding_does_not_change_the_answer_and_words_and_their_order_do():
     assert (model(x, t, torch.tensor([[3, 5, 0, 0, 0]])) - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("extra, c", [(CLASS, torch.tensor([3, 4])), (TEXT, torch.tensor([[3, 4, 0, 0, 0], [5, 0, 0, 0, 0]]))])
+def test_token_features_count_up_to_the_first_row_of_zeros_and_their_precision_hardly():
+    model = shaken(small(**TOKENS))
+    x, t, c = torch.randn(1, 3, 8, 8), torch.rand(1), torch.randn(1, 5, 6).half()
+    c[:, 2:] = 0
+    before = model(x, t, c)
+    torch.testing.assert_close(model(x, t, c.float()), before)
+    short = DiT(ModelConfig(**vars(model.config) | {"length": 2})).eval()       # no weight depends on the length: the tokens know their places
+    short.load_state_dict(model.state_dict())
+    torch.testing.assert_close(short(x, t, c[:, :2]), before)
+    assert (model(x, t, c.flip(2)) - before).abs().max() > 1e-3
+    assert (model(x, t, torch.zeros_like(c)) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("extra, c", [(CLASS, torch.tensor([3, 4])), (TOKENS, torch.randn(2, 5, 6)), (TEXT, torch.tensor([[3, 4, 0, 0, 0], [5, 0, 0, 0, 0]]))])
 def test_dropping_a_condition_makes_that_sample_alone_unconditional(extra, c):
     config = small(**extra).config
     dropped = models.drop_condition(config, c, torch.tensor([True, False]))
