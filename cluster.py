@@ -14,7 +14,7 @@ writes  RUN/config.toml                the experiment: --config with the flags o
 As in the paper (section 4.1): features to `fine` centroids by k-means, those to K coarse ones by k-means again, each image to
 the nearest coarse centroid. Run again, it goes on where it stopped. Data and seed determine the partition, whatever the ranks.
 Memory is bounded by the k-means sample (256 images a fine centroid), the router's subset (a number each) and one tar's features.
-With [features] name = "pixels" no network is needed, and --device does not matter; pretrained.py has the networks.
+With [features] name = "pixels" no network is needed, and --device does not matter; networks.py has them.
 """
 import collections
 import contextlib
@@ -33,6 +33,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import networks
 import pretrained
 import training
 from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, make_config, make_parser, parse, progress,
@@ -57,7 +58,7 @@ def pixel_features(images):
 
 def extractor(config, device):
     """-> (function from PIL images to features [n,D], a line that describes it and its preprocessing)."""
-    return (pixel_features, PIXELS) if config.features.name == "pixels" else pretrained.image_features(config, device)
+    return (pixel_features, PIXELS) if config.features.name == "pixels" else networks.image_features(config, device)
 
 
 def extract(path, target, function, description, config, bar):

@@ -17,6 +17,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+# Default arguments in there hold the process group of the time of the import. transformers imports it, too; if that were after the group is
+# made, the group would outlive its destruction and now and then abort the process at its end (torch 2.13).
+import torch.distributed.nn     # noqa: F401
 from tqdm import tqdm
 
 # table -> key -> (default, meaning[, the values allowed])

@@ -13,7 +13,7 @@ import torch
 
 import flow
 import model as models
-import pretrained
+import networks
 from common import UserError
 
 STRATEGIES = "top-K (top-1, top-2, ...), full or once"
@@ -79,8 +79,8 @@ class Ensemble:
                     raise UserError(f"{path} and {first} do not fit together: {what} {value} / {wanted[what]}")
             for role in ("autoencoder", "text"):
                 a, b = info[role], checked[first][role]
-                if pretrained.identity(a) != pretrained.identity(b):
-                    raise UserError(f"{path} and {first} do not fit together: {role} {pretrained.label(a)} / {pretrained.label(b)}")
+                if networks.identity(a) != networks.identity(b):
+                    raise UserError(f"{path} and {first} do not fit together: {role} {networks.label(a)} / {networks.label(b)}")
         self.config, self.info, self.path = models.ModelConfig(**checked[first]["model"]), checked[first], first
 
     def expert(self, k):
@@ -128,6 +128,9 @@ class Ensemble:
 
 def _info(path):
     try:
-        return models.read_info(path)
+        info = models.read_info(path)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if not isinstance(info.get("autoencoder"), dict):
+        raise UserError(f"{path} is from an earlier version of this project, which did not say which networks it needs: train it again")
+    return info

@@ -1,4 +1,4 @@
-"""The frozen pretrained networks: image features, autoencoder, text encoder; and their work done once, as cached latents and captions.
+"""The space that models work in, pixels or latents, words or token features; and the frozen networks' work done once: a cache of it.
 
     torchrun --nproc_per_node=8 -- pretrained.py --run runs/laion --shard 3     # node 3; --captions caches token features, too
     python pretrained.py --run runs/emoji --shard router
@@ -10,273 +10,23 @@ writes  RUN/latents/K/NAME.tar      the samples of shards/K/NAME.tar with latent
         RUN/latents/K/about.json    shapes of KEY.lat, the networks that made it, their preprocessing
 Run again, it goes on where it stopped. Training then reads RUN/latents/K instead of RUN/shards/K. Nothing is lost: mean and standard
 deviation are kept, and each epoch draws from the posterior anew, with the noise that encoding on the fly would use.
-
-Each network is given as a hub name (NAME@REVISION pins it) or a local folder in the format of transformers or diffusers, which are
-imported only where a config asks for one. What an artifact says of its networks (`info`) is their class, a digest of their weights and
-their preprocessing; that, not a name, decides whether two of them are the same.
 """
 import collections
 import glob
-import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
-import sys
 from datetime import timedelta
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 
 from common import UserError, atomic, barrier, load_run, make_parser, parse, progress, script, start, sum_over_ranks
 from data import TarWriter, index_tar, square, to_float, to_uint8, usable
 from model import hash_words
-
-NONE = {"autoencoder": "", "text": "words"}     # names that stand for no network: pixels, and words hashed to a learned table
-TILE = 1024             # pixels a side that a picture is decoded at, at most; larger ones in overlapping tiles
-AT_ONCE = 2 ** 20       # pixels that are encoded or decoded together: some 2 GB with Stable Diffusion's autoencoder
-
-
-# ---- names and weights --------------------------------------------------------------------------------------------
-
-def locate(key, name):
-    """Hub name, NAME@REVISION or local folder of config key `key` -> (name or folder, commit or None, its config.json)."""
-    folder, revision = os.path.expanduser(name), None
-    if os.path.isdir(folder):
-        path = os.path.join(folder, "config.json")
-        if not os.path.exists(path):
-            raise UserError(f"{key} = {name!r} is a folder without config.json: give the one that save_pretrained wrote")
-    else:
-        import huggingface_hub
-        huggingface_hub.utils.logging.set_verbosity_error()     # its retries; what failed is said once, below
-        folder, _, revision = name.partition("@")
-        try:
-            path = huggingface_hub.hf_hub_download(folder, "config.json", revision=revision or None)
-        except Exception as error:      # unreachable, unknown, gated, not a name at all: the hub has a class for each
-            cause = error.__cause__ or error
-            raise UserError(f"{key} = {name!r} is no folder here and cannot be fetched ({type(cause).__name__}: {str(cause).strip().splitlines()[0]}): "
-                            f"fetch it where there is a network (hf download {folder} --local-dir DIR) and give the folder: --{key} DIR") from None
-        revision = os.path.basename(os.path.dirname(path))      # a snapshot's folder is named after its commit
-    with open(path) as f:
-        return folder, revision, json.load(f)
-
-
-def load(key, kind, folder, revision):
-    """The network of class `kind`, frozen, in fp32. UserError where it cannot be loaded, or weights would be left random."""
-    import transformers
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        network, report = kind.from_pretrained(folder, revision=revision, output_loading_info=True)
-    except Exception as error:
-        raise UserError(f"{key} = {folder!r} cannot be loaded as {kind.__name__} ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from None
-    if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name):      # nobody asks the pooler
-        raise UserError(f"{key} = {folder!r} lacks weights of a {kind.__name__}: {missing[0]} and {len(missing) - 1} more")
-    return network.float().eval().requires_grad_(False)
-
-
-def digest(network):
-    """Twelve hex digits that name a network's weights: of up to 1,024 values of each tensor, whatever the tensors are called."""
-    tensors = []
-    for tensor in network.state_dict().values():
-        values = tensor.detach().float().flatten()
-        values = values[torch.arange(min(1024, len(values))) * len(values) // min(1024, len(values))]
-        tensors.append(str(tuple(tensor.shape)).encode() + values.cpu().numpy().tobytes())
-    return hashlib.sha256(b"".join(sorted(tensors))).hexdigest()[:12]
-
-
-def identity(info):
-    """What two networks must have in common to stand for each other: all but the name."""
-    return {k: v for k, v in info.items() if k not in ("name", "revision")}
-
-
-def label(info):
-    """A network in an error message."""
-    about = " ".join(f"{k} {v}" for k, v in identity(info).items() if k in ("class", "weights", "scale", "shift", "length", "layer"))
-    return f"{info['name']!r}" + (f" ({about})" if about else "")
-
-
-def dtype_of(precision, device):
-    return torch.bfloat16 if precision == "bf16" or precision == "auto" and device.type == "cuda" else torch.float32
-
-
-# ---- image features -----------------------------------------------------------------------------------------------
-
-def image_features(config, device):
-    """DINOv2, or CLIP's image tower -> (function from a list of PIL images to L2-normalised features [n,D] float32, its description).
-
-    The middle square at 224 pixels (CLIP: at the size of its config) with the statistics that the network was trained with.
-    """
-    key, settings = "features.name", config.features
-    folder, revision, about = locate(key, settings.name)
-    import transformers
-    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-    if about.get("model_type") in ("dinov2", "dinov2_with_registers"):
-        network, statistics, side = load(key, transformers.AutoModel, folder, revision), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), 224
-    elif about.get("model_type") in ("clip", "clip_vision_model"):
-        if settings.pool != "cls":
-            raise UserError(f"features.pool = {settings.pool!r} is DINOv2's; {settings.name!r} is a CLIP, with one feature vector an image: cls")
-        network = load(key, transformers.CLIPVisionModelWithProjection, folder, revision)
-        statistics, side = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), network.config.image_size
-    else:
-        raise UserError(f"{key} = {settings.name!r} is a {about.get('model_type')!r}: features come from dinov2, dinov2_with_registers or clip")
-    dtype, mark = dtype_of(settings.precision, device), digest(network)
-    network.to(device, dtype)
-    mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in statistics)
-    first_patch = 1 + getattr(network.config, "num_register_tokens", 0)
-
-    def pooled(x):
-        out = network(x)
-        if hasattr(out, "image_embeds"):
-            return out.image_embeds
-        tokens = out.last_hidden_state
-        return tokens[:, 0] if settings.pool == "cls" else torch.cat([tokens[:, 0], tokens[:, first_patch:].mean(1)], dim=1)
-
-    @torch.inference_mode()
-    def features(images):
-        if not images:
-            return features([Image.new("RGB", (side, side))])[:0]       # [0,D]
-        rows = []
-        for first in range(0, len(images), settings.batch):
-            x = np.stack([square(image, side) for image in images[first:first + settings.batch]])
-            x = (torch.from_numpy(x).to(device).permute(0, 3, 1, 2) / 255 - mean) / std
-            rows.append(torch.nn.functional.normalize(pooled(x.to(dtype)).float(), dim=1).cpu())
-        return torch.cat(rows).numpy()
-
-    return features, (f"{type(network).__name__} {mark}: middle square at {side} pixels (Lanczos), mean {list(statistics[0])}, "
-                      f"std {list(statistics[1])}, pool {settings.pool}, L2-normalised, {str(dtype).removeprefix('torch.')}")
-
-
-# ---- autoencoder --------------------------------------------------------------------------------------------------
-
-def autoencoder_info(name):
-    """What is known of an autoencoder without its weights: -> (class, folder, revision, info).
-
-    Latents are standardised as the autoencoder's own config says: z' = (z - shift) scale, per channel where it has statistics of each.
-    """
-    folder, revision, about = locate("autoencoder.name", name)
-    import diffusers
-    diffusers.utils.logging.set_verbosity_error()
-    if about.get("_class_name") not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise UserError(f"autoencoder.name = {name!r} is a {about.get('_class_name') or about.get('model_type')!r}, not an AutoencoderKL or AutoencoderTiny")
-    kind = getattr(diffusers, about["_class_name"])
-    with torch.device("meta"):      # the class knows the defaults of what the file leaves out: sd-vae-ft-mse's has no scaling_factor
-        about = kind.from_config(about).config
-    mean, std = about.get("latents_mean"), about.get("latents_std")
-    scale = about.scaling_factor if std is None else [about.scaling_factor / s for s in std]
-    levels = about.block_out_channels if kind is diffusers.AutoencoderKL else about.encoder_block_out_channels
-    return kind, folder, revision, {"name": name, "revision": revision, "class": kind.__name__, "channels": about.latent_channels,
-                                    "factor": 2 ** (len(levels) - 1), "scale": scale, "shift": mean or about.get("shift_factor") or 0.0}
-
-
-def autoencoder(name, device, precision="fp32"):
-    """AutoencoderKL or AutoencoderTiny -> namespace of info, encode and decode. Pictures are [B,3,S,S] in [-1,1], latents [B,C,h,w].
-
-    encode: pictures -> mean and std of the standardised latents' posterior, float32; std is None for AutoencoderTiny, which has none.
-    decode: latents -> pictures, float32; in bf16 on a GPU, in batches of bounded memory, in tiles above TILE pixels.
-    """
-    kind, folder, revision, info = autoencoder_info(name)
-    network = load("autoencoder.name", kind, folder, revision).to(device)
-    info["weights"] = digest(network)
-    scale, shift = (torch.tensor(info[k], device=device, dtype=torch.float32).view(-1, 1, 1) for k in ("scale", "shift"))
-    network.tile_sample_min_size, network.tile_latent_min_size = TILE, TILE // info["factor"]
-    network.spatial_scale_factor = info["factor"]       # AutoencoderTiny's tiles take it for 8 always
-
-    @torch.inference_mode()
-    def encode(x):
-        means, stds = [], []
-        for part in x.split(max(1, AT_ONCE // x[0, 0].numel())):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                out = network.encode(part)
-            posterior = getattr(out, "latent_dist", None)
-            means.append(((posterior.mean if posterior else out.latents).float() - shift) * scale)
-            if posterior:
-                stds.append(posterior.std.float() * scale)
-        return torch.cat(means), torch.cat(stds) if stds else None
-
-    @torch.inference_mode()
-    def decode(z):
-        side, pictures = z.shape[-1] * info["factor"], []
-        network.use_tiling = max(z.shape[-2:]) * info["factor"] > TILE
-        for part in (z.float() / scale + shift).split(max(1, AT_ONCE // (side * side))):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                pictures.append(network.decode(part).sample.float())
-        return torch.cat(pictures)
-
-    return SimpleNamespace(info=info, encode=encode, decode=decode)
-
-
-# ---- text encoder -------------------------------------------------------------------------------------------------
-
-def text_info(settings):
-    """What is known of the text encoders `A + B + ...` of [text] without their weights: -> ([(class, folder, revision)], info)."""
-    parts, dims = [], []
-    for name in settings.name.split(" + "):
-        folder, revision, about = locate("text.name", name.strip())
-        import transformers
-        kind, model_type = transformers.AutoModel, about.get("model_type")
-        if model_type in ("clip", "clip_text_model"):
-            kind = transformers.CLIPTextModel
-        elif model_type in ("t5", "mt5", "umt5"):       # AutoModel would load the decoder, too
-            kind = transformers.AutoModelForTextEncoding
-        parts.append((kind, folder, revision))
-        try:
-            about = transformers.AutoConfig.from_pretrained(folder, revision=revision)
-        except Exception as error:
-            raise UserError(f"text.name = {name!r} is not a network that transformers knows ({str(error).strip().splitlines()[0]})") from None
-        dims.append(about.get_text_config().hidden_size)
-    return parts, {"name": settings.name, "revision": " + ".join(str(revision) for *_, revision in parts), "dim": sum(dims),
-                   "length": settings.length, "layer": settings.layer}
-
-
-def text_encoder(settings, device):
-    """The encoders of [text] -> namespace of info and encode: list of captions -> token features [n,L,E] f16, zeros behind the last token.
-
-    Several encoders' features of a token are set side by side (E is the sum of theirs), as Stable Diffusion XL does. The empty caption
-    has no tokens at all: it is the unconditional branch. Longer ones than L tokens are cut, with one warning.
-    """
-    parts, info = text_info(settings)
-    import transformers
-    dtype, encoders, marks = dtype_of(settings.precision, device), [], []
-    for kind, folder, revision in parts:
-        network = load("text.name", kind, folder, revision)
-        marks.append(f"{type(network).__name__}:{digest(network)}")
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, revision=revision, padding_side="right")
-        except Exception as error:
-            raise UserError(f"text.name = {folder!r} has no tokenizer that can be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from None
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        longest = min(tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None) or 10 ** 9)
-        if settings.length > longest:
-            raise UserError(f"text.length = {settings.length}, but {folder!r} reads {longest} tokens at most")
-        encoders.append((tokenizer, network.to(device, dtype)))
-    info["weights"], warned = " ".join(marks), os.environ.get("RANK", "0") != "0"
-    limit = torch.finfo(torch.float16).max
-
-    @torch.inference_mode()
-    def encode(captions):
-        nonlocal warned
-        rows = []
-        for part in (captions[i:i + 256] for i in range(0, len(captions), 256)):
-            features = []
-            for tokenizer, network in encoders:
-                if not warned and (longer := sum(len(ids) > settings.length for ids in tokenizer(part)["input_ids"])):
-                    print(f"warning: {longer} of {len(part)} captions are longer than text.length = {settings.length} tokens: cut, as all such "
-                          f"from here on", file=sys.stderr)
-                    warned = True
-                tokens = tokenizer(part, padding="max_length", truncation=True, max_length=settings.length, return_tensors="pt").to(device)
-                out = network(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=settings.layer == "penultimate")
-                hidden = out.hidden_states[-2] if settings.layer == "penultimate" else out.last_hidden_state
-                there = torch.tensor([bool(caption.strip()) for caption in part], device=device)
-                mask = tokens.attention_mask.bool() & there[:, None]
-                features.append(torch.where(mask[..., None], hidden.float().clamp(-limit, limit), 0))
-            rows.append(torch.cat(features, dim=2).half())
-        return torch.cat(rows)
-
-    return SimpleNamespace(info=info, encode=encode)
+from networks import NONE, autoencoder, autoencoder_info, identity, label, text_encoder, text_info
 
 
 # ---- what a model's x and c are made of ---------------------------------------------------------------------------

@@ -29,6 +29,8 @@ def open_space(team, given, device):
     for role in ("autoencoder", "text"):
         if f"{role}.name" not in given:
             getattr(config, role).name = info[role]["name"]
+        elif "weights" not in info[role]:
+            raise UserError(f"--{role}.name {given[f'{role}.name']}: {team.path} was trained without a pretrained {role} network")
     config.text.length, config.text.vocab = team.config.length, team.config.vocab
     config.text.layer = info["text"].get("layer", "last")
     return pretrained.Space(config, device, info, team.path)

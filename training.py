@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import flow
 import model as models
+import networks
 import pretrained
 from common import UserError, atomic, barrier, cores, differences, flat, progress, sum_over_ranks
 from data import TarDataset, collate, index_tar, to_tensor
@@ -147,7 +148,7 @@ class State:
         free = ("data.workers", "data.max_bad", "data.cached")
         self.identity = {k: v for k, v in flat(config).items() if k.startswith(("data.", "flow.")) and k not in free}
         self.identity |= {"train.seed": train.seed, "train.batch": train.batch, **identity}
-        self.identity |= {role: pretrained.identity(info) for role, info in space.info.items()}
+        self.identity |= {role: networks.identity(info) for role, info in space.info.items()}
         self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
         self.resumed = self._resume()
         self.wrapped = self.model

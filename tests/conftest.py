@@ -7,6 +7,7 @@ import sys
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # no test asks the network
+os.environ["OMP_NUM_THREADS"] = "1"     # processes of several threads would wait for each other
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
@@ -46,7 +47,7 @@ steps = 4
 """
 
 
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def command_line(*args, ranks=0):

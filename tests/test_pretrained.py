@@ -22,7 +22,7 @@ import data
 import ensemble
 import flow
 import model as models
-import pretrained
+import networks as nets
 from data import draw_shape
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def test_dinov2_features_are_pooled_as_the_config_says_and_of_length_one(network
         tokens = network(x).last_hidden_state
     assert tokens.shape[1] == 1 + 16 * 16       # patches of 14
     for pool, wanted in (("cls", tokens[:, 0]), ("cls+mean", torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))):
-        features, about = pretrained.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__batch=2), CPU)
+        features, about = nets.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__batch=2), CPU)
         found = torch.from_numpy(features(images))
         torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
         assert features([]).shape == (0, found.shape[1]) and pool in about and "224" in about
@@ -60,7 +60,7 @@ def test_clip_image_features_are_the_projected_embedding_under_clip_s_own_statis
     x = (x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     with torch.no_grad():
         wanted = network.visual_projection(network.vision_model(x).pooler_output)
-    found = torch.from_numpy(pretrained.image_features(settings(features__name=str(networks / "clip-image")), CPU)[0](images))
+    found = torch.from_numpy(nets.image_features(settings(features__name=str(networks / "clip-image")), CPU)[0](images))
     torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_latents_are_standardised_by_the_autoencoder_s_own_config(networks, tmp_
                                   (per_channel, [1.0, 0.5, 0.25, 0.125], [1.0, 2.0, 3.0, 4.0])):
         network = vae(**options)
         network.save_pretrained(tmp_path / "vae")
-        found = pretrained.autoencoder(str(tmp_path / "vae"), CPU)
+        found = nets.autoencoder(str(tmp_path / "vae"), CPU)
         mean, std = found.encode(x)
         scale, shift = (torch.tensor(v).view(-1, 1, 1) for v in (scale, shift))
         with torch.no_grad():
@@ -90,12 +90,12 @@ def test_a_config_that_leaves_the_scale_out_means_the_class_s_default(networks, 
     for key in ("scaling_factor", "shift_factor"):
         del about[key]
     (tmp_path / "vae" / "config.json").write_text(json.dumps(about))
-    info = pretrained.autoencoder(str(tmp_path / "vae"), CPU).info
+    info = nets.autoencoder(str(tmp_path / "vae"), CPU).info
     assert (info["scale"], info["shift"]) == (0.18215, 0.0)
 
 
 def test_the_tiny_autoencoder_has_no_posterior(networks):
-    found, network = pretrained.autoencoder(str(networks / "tiny-vae"), CPU), diffusers.AutoencoderTiny.from_pretrained(networks / "tiny-vae").eval()
+    found, network = nets.autoencoder(str(networks / "tiny-vae"), CPU), diffusers.AutoencoderTiny.from_pretrained(networks / "tiny-vae").eval()
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     mean, std = found.encode(x)
     assert std is None and found.info["factor"] == 2 and mean.shape == (2, 4, 4, 4)
@@ -106,11 +106,11 @@ def test_the_tiny_autoencoder_has_no_posterior(networks):
 
 @pytest.mark.parametrize("name", ["vae", "tiny-vae"])
 def test_decoding_is_bounded_in_batch_and_in_size(networks, monkeypatch, name):
-    monkeypatch.setattr(pretrained, "AT_ONCE", 3 * 64)
-    whole = pretrained.autoencoder(str(networks / name), CPU)
+    monkeypatch.setattr(nets, "AT_ONCE", 3 * 64)
+    whole = nets.autoencoder(str(networks / name), CPU)
     sizes = []
-    monkeypatch.setattr(pretrained, "TILE", 16)
-    tiled = pretrained.autoencoder(str(networks / name), CPU)
+    monkeypatch.setattr(nets, "TILE", 16)
+    tiled = nets.autoencoder(str(networks / name), CPU)
     kind = getattr(diffusers.models.autoencoders, {"vae": "autoencoder_kl", "tiny-vae": "autoencoder_tiny"}[name])
     decoder = kind.Decoder if name == "vae" else kind.DecoderTiny
     forward = decoder.forward
@@ -137,7 +137,7 @@ CAPTIONS = ["a red cross", "blue", "", "  ", "a yellow triangle"]
 
 
 def encoder(networks, *names, length=20, layer="last"):
-    return pretrained.text_encoder(settings(text__name=" + ".join(str(networks / n) for n in names), text__length=length, text__layer=layer).text, CPU)
+    return nets.text_encoder(settings(text__name=" + ".join(str(networks / n) for n in names), text__length=length, text__layer=layer).text, CPU)
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-2", "t5", "bert"])
@@ -201,17 +201,17 @@ def test_the_empty_prompt_is_the_unconditional_branch(networks, latent_run):
 # ---- identity -----------------------------------------------------------------------------------------------------
 
 def test_a_network_is_its_weights_and_not_its_name_or_file(networks, tmp_path):
-    clip = pretrained.text_encoder(settings(text__name=str(networks / "clip"), text__length=20).text, CPU).info
+    clip = nets.text_encoder(settings(text__name=str(networks / "clip"), text__length=20).text, CPU).info
     shutil.copytree(networks / "clip", tmp_path / "elsewhere")
-    moved = pretrained.text_encoder(settings(text__name=str(tmp_path / "elsewhere"), text__length=20).text, CPU).info
-    assert moved["name"] != clip["name"] and pretrained.identity(moved) == pretrained.identity(clip)
+    moved = nets.text_encoder(settings(text__name=str(tmp_path / "elsewhere"), text__length=20).text, CPU).info
+    assert moved["name"] != clip["name"] and nets.identity(moved) == nets.identity(clip)
     network = transformers.CLIPTextModel.from_pretrained(networks / "clip")
-    mark = pretrained.digest(network)
+    mark = nets.digest(network)
     renamed = torch.nn.ModuleDict({"other": network})
-    assert pretrained.digest(renamed) == mark == clip["weights"].split(":")[1]
+    assert nets.digest(renamed) == mark == clip["weights"].split(":")[1]
     with torch.no_grad():
         network.final_layer_norm.weight[0] += 1e-3
-    assert pretrained.digest(network) != mark
+    assert nets.digest(network) != mark
 
 
 # ---- the pipeline -------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_cached_latents_and_captions_are_what_the_networks_make_of_each_sample(l
     assert about["shapes"] == [[2, 2, 4, 4, 4]] and about["tars"] == [f"0000{i}.tar" for i in range(3)]
     assert {n for n in cached if not n.endswith((".lat", ".tok"))} == {n for n in source if not n.endswith(".png")}
     assert all(cached[n] == source[n] for n in cached if n in source)
-    latent, text = pretrained.autoencoder(str(networks / "vae"), CPU), encoder(networks, "clip", "clip-2", layer="penultimate")
+    latent, text = nets.autoencoder(str(networks / "vae"), CPU), encoder(networks, "clip", "clip-2", layer="penultimate")
     for key in sorted(n[:-4] for n in source if n.endswith(".png"))[::60]:
         image = data.decode(source[f"{key}.png"])
         x = data.to_float(torch.from_numpy(np.stack([data.square(image, 8), data.square(image, 8, mirror=True)])))
@@ -312,7 +312,7 @@ def test_samples_are_decoded_pictures_also_where_the_networks_have_moved(latent_
     c = encoder(networks, "clip", "clip-2", layer="penultimate").encode(["a red circle"])
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     *_, x = flow.integrate(team.velocity(c, 4.0, "top-1", torch.rand(1))[0], x, flow.time_grid(3))
-    wanted = data.to_uint8(pretrained.autoencoder(str(networks / "vae"), CPU).decode(x))[0].numpy().astype(int)
+    wanted = data.to_uint8(nets.autoencoder(str(networks / "vae"), CPU).decode(x))[0].numpy().astype(int)
     assert np.abs(pictures[1] - wanted).max() <= 1
     shutil.copytree(networks, tmp_path / "moved")
     for path in glob.glob(str(run / "experts" / "*")) + [run / "router.safetensors"]:       # as if the folder of the training machine were not here
@@ -426,7 +426,7 @@ def test_networks_of_the_wrong_kind(tars, config, networks, tmp_path):
     network = transformers.CLIPVisionModel(transformers.CLIPModel.from_pretrained(networks / "clip-image").config.vision_config)
     network.save_pretrained(tmp_path / "no-projection")
     with pytest.raises(common.UserError, match="lacks weights of a CLIPVisionModelWithProjection: visual_projection.weight"):
-        pretrained.image_features(settings(features__name=str(tmp_path / "no-projection")), CPU)
+        nets.image_features(settings(features__name=str(tmp_path / "no-projection")), CPU)
 
 
 def test_nothing_to_cache(clustered):
