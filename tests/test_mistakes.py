@@ -217,7 +217,7 @@ def test_a_config_survives_writing_and_reading(tmp_path):
     assert tomllib.loads((tmp_path / "c.toml").read_text())["train"]["router"]["steps"] == 7
 
 
-@pytest.mark.parametrize("script", ["data.py", "cluster.py", "train_expert.py", "train_router.py", "sample.py"])
+@pytest.mark.parametrize("script", ["data.py", "cluster.py", "pretrained.py", "train_expert.py", "train_router.py", "sample.py"])
 def test_help_says_what_a_script_reads_and_writes(script):
     text = command(script, "--help").stdout
     assert script in text and (script == "data.py" or ("reads " in text and "writes " in text))
