@@ -36,42 +36,40 @@ from safetensors.numpy import load_file, save_file
 import networks
 import pretrained
 import training
-from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, make_config, make_parser, parse, progress,
+from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, make_config, make_parser, on_rank_0, parse, progress,
                     read_toml, script, start, sum_over_ranks, write_toml)
 from data import TarWriter, decode, mix, permute, picture_grid, scan_tar, square, usable
 
 SAMPLE = 256        # images a fine centroid that k-means sees, as in faiss
-PIXELS = "pixels: square roots of a 4x4x4 RGB histogram, and an 8x8 thumbnail"
+PIXELS = "square roots of a 4x4x4 RGB histogram, and an 8x8 thumbnail"
 
 
 # ---- features -----------------------------------------------------------------------------------------------------
 
-def pixel_features(images):
-    """PIL images -> [n, 256] float32: which colours there are (a histogram), and where (a thumbnail)."""
-    rows = []
-    for image in images:
-        bins = (square(image, 32) // 64).reshape(-1, 3) @ np.array([16, 4, 1], np.uint8)
-        histogram = np.sqrt(np.bincount(bins, minlength=64) / len(bins))                # of norm 1, as the thumbnail at most
-        rows.append(np.concatenate([histogram, square(image, 8).reshape(-1) / (255 * 192 ** 0.5)]))
-    return np.asarray(rows, np.float32).reshape(-1, 256)
+def pixel_features(image):
+    """PIL image -> [256] float32: which colours there are (a histogram), and where (a thumbnail)."""
+    bins = (square(image, 32) // 64).reshape(-1, 3) @ np.array([16, 4, 1], np.uint8)
+    histogram = np.sqrt(np.bincount(bins, minlength=64) / len(bins))                # of norm 1, as the thumbnail at most
+    return np.concatenate([histogram, square(image, 8).reshape(-1) / (255 * 192 ** 0.5)]).astype(np.float32)
 
 
 def extractor(config, device):
-    """-> (function from PIL images to features [n,D], a line that describes it and its preprocessing)."""
-    return (pixel_features, PIXELS) if config.features.name == "pixels" else networks.image_features(config, device)
+    """-> (what to make of each PIL image, while the next are decoded; function from a list of these to features [n,D]; what names it)."""
+    if config.features.name == "pixels":
+        return pixel_features, lambda rows: np.asarray(rows, np.float32).reshape(-1, 256), {"name": "pixels", "preprocessing": PIXELS}
+    return networks.image_features(config, device)
 
 
-def extract(path, target, function, description, config, bar):
+def extract(path, target, prepare, function, info, config, bar):
     """Writes `target`: features [n,D] f16 of the usable samples of one tar, in its order, and where each sample's bytes are."""
-    identity = {"extractor": description, "bytes": os.path.getsize(path), "condition": config.data.condition, "classes": config.data.classes}
+    identity = {"extractor": networks.identity(info), "bytes": os.path.getsize(path), "condition": config.data.condition, "classes": config.data.classes}
     try:
         if os.path.exists(target) and read_metadata(target)["identity"] == identity:
             return
     except UserError:
         pass    # damaged: made again
     features, places, images, bad = [], [], [], collections.Counter()
-    shrink = lambda image: image.reduce(max(1, min(image.size) // 256))     # no more memory than small pictures
-    for sample, _, image in usable(path, shrink, 256, config.data, bad):
+    for sample, _, _, image in usable(path, lambda image: prepare(image.reduce(max(1, min(image.size) // 256))), 256, config.data, bad):
         images.append(image)
         places.append((sample.start, sample.end - sample.start))
         if len(images) == 256:
@@ -149,9 +147,9 @@ def assign(features, name, clusters, config):
     return nearest(features, clusters["coarse_centroids"])
 
 
-def fingerprint(clusters, config, description):
+def fingerprint(clusters, config, info):
     """Names a clustering: whatever is trained on its shards carries this. Counts are left out, they grow when data is added."""
-    digest = hashlib.sha256(json.dumps([config.cluster.assign, config.cluster.seed, description]).encode())
+    digest = hashlib.sha256(json.dumps([config.cluster.assign, config.cluster.seed, networks.identity(info)], sort_keys=True).encode())
     for name in ("fine_centroids", "coarse_centroids", "fine_to_coarse"):
         digest.update(np.ascontiguousarray(clusters[name]).tobytes())
     return digest.hexdigest()[:16]
@@ -250,14 +248,20 @@ def main():
             for path in glob.glob(os.path.join(glob.escape(args.run), pattern)):
                 os.remove(path)
     barrier()
-    function, description = extractor(config, ranks.device)
+    meant = old.get("networks") if os.path.exists(clusters_file) else space.info      # by the later stages, which use no others
+    if not os.path.exists(clusters_file):
+        on_rank_0(space.name_weights)
+    prepare, function, info = extractor(config, ranks.device)
+    if os.path.exists(clusters_file) and networks.identity(old["extractor"]) != networks.identity(info):
+        raise UserError(f"{clusters_file} was made with features of {networks.label(old['extractor'])}, now they would be of {networks.label(info)}: "
+                        f"give that network (and --features.precision), or use another --run")
     names = list(tars)
     mine = dict.fromkeys(names[ranks.rank::ranks.world])
     features = {name: os.path.join(args.run, "features", f"{name}.safetensors") for name in names}
     bar = progress(desc="features", unit=" images")
     for i, name in enumerate(mine, 1):
         bar.set_postfix_str(f"tar {i} of {len(mine)}" + (" of this rank" if ranks.world > 1 else ""), refresh=False)
-        extract(tars[name], features[name], function, description, config, bar)
+        extract(tars[name], features[name], prepare, function, info, config, bar)
     bar.close()
     barrier()
 
@@ -274,7 +278,7 @@ def main():
             raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {config.cluster.fine}, at most a 39th "
                             f"of the {sum(counts)} usable images): fewer --experts, or more data")
         clusters = broadcast(find_centroids([features[n] for n in names], counts, fine, config) if ranks.rank == 0 else None)
-    mark = fingerprint(clusters, config, description)
+    mark = fingerprint(clusters, config, info)
     if os.path.exists(clusters_file) and (mark != old["fingerprint"] or len(clusters["coarse_centroids"]) != K):
         raise UserError(f"{args.run}/config.toml has other [cluster] settings than {clusters_file} was made with: use another --run")
     sizes = np.zeros(K, np.int64)
@@ -286,8 +290,8 @@ def main():
     if ranks.rank == 0:     # only now: a call that failed above leaves no config behind that the next one would have to match
         write_toml(config, os.path.join(args.run, "config.toml"))
         with atomic(clusters_file) as temporary:
-            metadata = {"fingerprint": mark, "features": config.features.name, "extractor": description, "seed": config.cluster.seed, "assign": config.cluster.assign,
-                        "inputs": inputs, "tars": len(tars)}
+            metadata = {"fingerprint": mark, "extractor": info, "seed": config.cluster.seed, "assign": config.cluster.assign, "inputs": inputs,
+                        "tars": len(tars), "networks": meant}
             save_file(clusters | {"counts": np.array(sizes, np.int64)}, temporary, metadata={"nanoddm": json.dumps(metadata, sort_keys=True)})
     barrier()
 

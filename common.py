@@ -20,6 +20,7 @@ import torch.distributed as dist
 # Default arguments in there hold the process group of the time of the import. transformers imports it, too; if that were after the group is
 # made, the group would outlive its destruction and now and then abort the process at its end (torch 2.13).
 import torch.distributed.nn     # noqa: F401
+from safetensors import safe_open
 from tqdm import tqdm
 
 # table -> key -> (default, meaning[, the values allowed])
@@ -267,6 +268,16 @@ def load_run(run, given):
     return make_config(read_toml(path), given)
 
 
+def read_clusters(run):
+    """What RUN/clusters.safetensors says besides its centroids: the fingerprint that all of the run carries, and the networks meant for it."""
+    path = os.path.join(run, "clusters.safetensors")
+    try:
+        with safe_open(path, framework="np") as f:
+            return json.loads(f.metadata()["nanoddm"])
+    except Exception as error:      # safetensors raises its own kinds
+        raise UserError(f"cannot read {path} ({error}): make it with cluster.py --run {run} --data ...") from None
+
+
 # ---- ranks and devices --------------------------------------------------------------------------------------------
 
 def cores():
@@ -311,6 +322,27 @@ def broadcast(value):
         dist.broadcast_object_list(values)
         return values[0]
     return value
+
+
+def gather(value):
+    """The values of all ranks, on all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_0(function):
+    """Calls function() on rank 0 alone; a UserError there is one on all ranks, so that none waits for another."""
+    error = None
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            function()
+        except UserError as caught:
+            error = str(caught)
+    if error := broadcast(error):
+        raise UserError(error)
 
 
 def barrier():

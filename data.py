@@ -5,8 +5,7 @@
 
 A shard is a tar as img2dataset writes it: the members of one sample stand together and share the name up to the first dot,
 KEY.jpg|png|webp, KEY.txt (caption), KEY.json, KEY.cls (class number); pretrained.py's have KEY.lat (latents) instead of the picture.
-TarDataset indexes each tar once (KEY offsets, kept
-beside it as NAME.tar.idx, memory-mapped) and then reads any sample by its position, so that
+TarDataset indexes each tar once (offsets, kept beside it as NAME.tar.idx, memory-mapped) and then reads any sample by its position, so that
 
     position -> sample       is a stateless shuffle: every sample once an epoch, over any number of ranks and workers,
     position -> randomness   (crop, mirror, t, noise, dropped condition) is a generator seeded by (seed, position),
@@ -22,7 +21,6 @@ import os
 import re
 import sys
 import tarfile
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -140,16 +138,16 @@ def decode(payload, least=0):
     least: a JPEG may be decoded at a fraction of its size, as long as its sides stay this long.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(payload))
-            if least:
-                image.draft("RGB", (least, least))
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+        image = Image.open(io.BytesIO(payload))
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow would only warn, up to twice as many
+            raise Image.DecompressionBombError
+        if least:
+            image.draft("RGB", (least, least))
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except Exception as error:      # Pillow's decoders raise whatever they like
         raise BadSample(f"undecodable ({type(error).__name__})") from None
 
@@ -181,19 +179,19 @@ def check_condition(members, condition, classes=0):
 
 
 def usable(path, prepare, least, settings, bad):
-    """Yields (Sample, {extension: payload}, prepare(image)) of the usable samples of a tar, in its order; counts the causes of others in bad.
+    """Yields (Sample, {extension: payload}, condition, prepare(image)) of a tar's usable samples, in its order; counts the others' causes in bad.
 
     Threads decode ahead: Pillow lets go of the interpreter meanwhile. least: as in decode; settings: the config's [data].
     """
     def read(sample):
         members = {role: os.pread(fd, size, offset) for role, (offset, size) in sample.members.items()}
         try:
-            check_condition(members, settings.condition, settings.classes)
+            condition = check_condition(members, settings.condition, settings.classes)
             if "image" not in members:
                 raise BadSample("no image")
-            return sample, members, prepare(decode(members["image"], least))
+            return sample, members, condition, prepare(decode(members["image"], least))
         except BadSample as error:
-            return sample, None, str(error)
+            return str(error)
 
     threads = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     fd, samples, ahead = os.open(path, os.O_RDONLY), scan_tar(path), collections.deque()
@@ -203,11 +201,11 @@ def usable(path, prepare, least, settings, bad):
                 ahead.extend(pool.submit(read, sample) for sample in itertools.islice(samples, 256 - len(ahead)))
                 if not ahead:
                     return
-                sample, members, image = ahead.popleft().result()
-                if members is None:
-                    bad[image] += 1
+                found = ahead.popleft().result()
+                if isinstance(found, str):
+                    bad[found] += 1
                 else:
-                    yield sample, members, image
+                    yield found
     finally:
         os.close(fd)
 
@@ -269,7 +267,7 @@ class TarDataset(torch.utils.data.Dataset):
         k        int64                  its cluster (KEY.cluster; -1 without)
         u, drop  float32                uniform on (0,1): the time, and whether to drop the condition
         eps      noise_shape float32    N(0, I)
-        post     noise_shape float32    N(0, I), to draw from an autoencoder's posterior (if posterior)
+        post     noise_shape float32    N(0, I), for pictures: to draw from the posterior once they are encoded (if posterior)
         bad      list of str            the samples that could not be read and which this one replaces
     """
 
@@ -358,7 +356,7 @@ class TarDataset(torch.utils.data.Dataset):
             x = square(image, self.size, (left, top) if self.crop == "random" else (0.5, 0.5), mirror).copy()
         u = min(max(u, 1e-6), 1 - 1e-6)
         item = {"x": torch.from_numpy(x), "c": condition, "k": cluster, "u": u, "drop": drop, "eps": eps, "bad": bad}
-        return item if post is None else item | {"post": torch.from_numpy(post)}
+        return item if post is None or self.latent else item | {"post": torch.from_numpy(post)}
 
 
 def collate(items):
@@ -477,18 +475,19 @@ def main():
     names = {f"{i:05d}.tar" for i in range(-(-images // per_tar))} if not args.imagenet else set()
     there = os.listdir(args.out) if os.path.isdir(args.out) else []
     if other := sorted(name for name in there if name.endswith(".tar") and name not in names):
-        raise UserError(f"{args.out} holds {len(other)} other tars, {other[0]} the first, which would count as part of the set: use another --out")
+        raise UserError(f"{args.out} holds {len(other)} other tars, {other[0]} the first, which would count as part of the set: use another --out, "
+                        f"or delete them")
     samples = imagenet(args.imagenet) if args.imagenet else drawn(images, size, seed)
     samples = iter(progress(samples, desc="writing", unit=" images", total=None if args.imagenet else images))
-    number = count = 0
+    number, count, classes = 0, 0, set()
     for first in samples:
         with TarWriter(os.path.join(args.out, f"{number:05d}.tar")) as tar:
             for key, members in itertools.chain([first], itertools.islice(samples, per_tar - 1)):
                 for extension, payload in members.items():
                     tar.add(f"{key}.{extension}", payload)
-                count += 1
+                count, classes = count + 1, classes | {members.get("cls")}
         number += 1
-    print(f"{count} pictures in {args.out}")
+    print(f"{count} pictures" + (f" of {len(classes)} classes" if args.imagenet else "") + f" in {args.out}")
 
 
 if __name__ == "__main__":

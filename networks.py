@@ -12,38 +12,49 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 
 from common import UserError
 from data import square
 
 NONE = {"autoencoder": "", "text": "words"}     # names that stand for no network: pixels, and words hashed to a learned table
 TILE = 1024             # pixels a side that a picture is encoded or decoded at, at most; larger ones in overlapping tiles
-AT_ONCE = 2 ** 20       # pixels that are encoded or decoded together: some 2 GB with Stable Diffusion's autoencoder
+AT_ONCE = 2 ** 20       # pixels that are encoded or decoded together: 16 pictures of 256 x 256
 
 
 # ---- names and weights --------------------------------------------------------------------------------------------
 
+def _cause(error):
+    """What went wrong, on one line."""
+    error = error.__cause__ or error
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _remedy(key, name):
+    return f"where it cannot be fetched, bring it (hf download {name} --local-dir DIR, where there is a network) and give the folder: --{key} DIR"
+
+
 def locate(key, name):
     """Hub name, NAME@REVISION or local folder of config key `key` -> (name or folder, commit or None, its config.json)."""
-    folder, revision = os.path.expanduser(name), None
-    if os.path.isdir(folder):
-        path = os.path.join(folder, "config.json")
+    base, _, revision = os.path.expanduser(name).partition("@")
+    if folder := next((f for f in (os.path.expanduser(name), base) if os.path.isdir(f)), None):
+        path, revision = os.path.join(folder, "config.json"), None
         if not os.path.exists(path):
             raise UserError(f"{key} = {name!r} is a folder without config.json: give the one that save_pretrained wrote")
     else:
-        import huggingface_hub
-        huggingface_hub.utils.logging.set_verbosity_error()     # its retries; what failed is said once, below
-        folder, _, revision = name.partition("@")
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
+        logging.set_verbosity_error()       # its retries; what failed is said once, below
+        folder = base
         try:
-            path = huggingface_hub.hf_hub_download(folder, "config.json", revision=revision or None)
+            path = hf_hub_download(base, "config.json", revision=revision or None)
         except Exception as error:      # unreachable, unknown, gated, not a name at all: the hub has a class for each
-            cause = error.__cause__ or error
-            raise UserError(f"{key} = {name!r} is no folder here and cannot be fetched ({type(cause).__name__}: {str(cause).strip().splitlines()[0]}): "
-                            f"fetch it where there is a network (hf download {folder} --local-dir DIR) and give the folder: --{key} DIR") from None
+            raise UserError(f"{key} = {name!r} is no folder here and cannot be fetched ({_cause(error)}); {_remedy(key, base)}") from None
         revision = os.path.basename(os.path.dirname(path))      # a snapshot's folder is named after its commit
-    with open(path) as f:
-        return folder, revision, json.load(f)
+    try:
+        with open(path) as f:
+            return folder, revision, json.load(f)
+    except ValueError as error:
+        raise UserError(f"{key} = {name!r} is damaged: {path}: {_cause(error)}") from None
 
 
 def load(key, kind, folder, revision):
@@ -54,7 +65,7 @@ def load(key, kind, folder, revision):
     try:
         network, report = kind.from_pretrained(folder, revision=revision, output_loading_info=True)
     except Exception as error:
-        raise UserError(f"{key} = {folder!r} cannot be loaded as {kind.__name__} ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from None
+        raise UserError(f"{key} = {folder!r} cannot be loaded as {kind.__name__} ({_cause(error)}); {_remedy(key, folder)}") from None
     if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name):      # nobody asks the pooler
         raise UserError(f"{key} = {folder!r} lacks weights of a {kind.__name__}: {missing[0]} and {len(missing) - 1} more")
     return network.float().eval().requires_grad_(False)
@@ -71,13 +82,21 @@ def digest(network):
 
 
 def identity(info):
-    """What two networks must have in common to stand for each other: all but the name."""
-    return {k: v for k, v in info.items() if k not in ("name", "revision")}
+    """What two networks must have in common to stand for each other: all but where they came from and the precision that they run in."""
+    return {k: v for k, v in info.items() if k not in ("name", "revision", "precision")}
+
+
+def pinned(info):
+    """The names of a network, each with its commit, so that a hub gives the same one again."""
+    names, revisions = info["name"].split(" + "), (info["revision"] or "-").split(" + ")
+    return " + ".join(name if "@" in name or revision == "-" else f"{name}@{revision}" for name, revision in zip(names, revisions))
 
 
 def label(info):
     """A network in an error message."""
-    about = " ".join(f"{k} {v}" for k, v in identity(info).items() if k in ("class", "weights", "scale", "shift", "length", "layer"))
+    if not info["name"]:
+        return "none"
+    about = " ".join(f"{k} {info[k]}" for k in ("class", "revision", "weights", "scale", "shift", "length", "layer") if info.get(k) not in (None, "-"))
     return f"{info['name']!r}" + (f" ({about})" if about else "")
 
 
@@ -88,8 +107,9 @@ def dtype_of(precision, device):
 # ---- image features -----------------------------------------------------------------------------------------------
 
 def image_features(config, device):
-    """DINOv2, or CLIP's image tower -> (function from a list of PIL images to L2-normalised features [n,D] float32, its description).
+    """DINOv2, or CLIP's image tower -> (prepare, features, info).
 
+    prepare: PIL image -> uint8 [S,S,3]; features: list of these -> [n,D] float32, L2-normalised; info names the network and its preprocessing.
     The middle square at 224 pixels (CLIP: at the size of its config) with the statistics that the network was trained with.
     """
     key, settings = "features.name", config.features
@@ -105,7 +125,10 @@ def image_features(config, device):
         statistics, side = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), network.config.image_size
     else:
         raise UserError(f"{key} = {settings.name!r} is a {about.get('model_type')!r}: features come from dinov2, dinov2_with_registers or clip")
-    dtype, mark = dtype_of(settings.precision, device), digest(network)
+    dtype = dtype_of(settings.precision, device)
+    info = {"name": settings.name, "revision": revision, "class": type(network).__name__, "weights": digest(network),
+            "preprocessing": f"middle square at {side} pixels (Lanczos), mean {list(statistics[0])}, std {list(statistics[1])}, pool {settings.pool}, "
+                             f"L2-normalised, {str(dtype).removeprefix('torch.')}"}
     network.to(device, dtype)
     mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in statistics)
     first_patch = 1 + getattr(network.config, "num_register_tokens", 0)
@@ -118,18 +141,17 @@ def image_features(config, device):
         return tokens[:, 0] if settings.pool == "cls" else torch.cat([tokens[:, 0], tokens[:, first_patch:].mean(1)], dim=1)
 
     @torch.no_grad()
-    def features(images):
-        if not images:
-            return features([Image.new("RGB", (side, side))])[:0]       # [0,D]
+    def features(pictures):
+        if not pictures:
+            return features([np.zeros((side, side, 3), np.uint8)])[:0]      # [0,D]
         rows = []
-        for first in range(0, len(images), settings.batch):
-            x = np.stack([square(image, side) for image in images[first:first + settings.batch]])
+        for first in range(0, len(pictures), settings.batch):
+            x = np.stack(pictures[first:first + settings.batch])
             x = (torch.from_numpy(x).to(device).permute(0, 3, 1, 2) / 255 - mean) / std
             rows.append(torch.nn.functional.normalize(pooled(x.to(dtype)).float(), dim=1).cpu())
         return torch.cat(rows).numpy()
 
-    return features, (f"{type(network).__name__} {mark}: middle square at {side} pixels (Lanczos), mean {list(statistics[0])}, "
-                      f"std {list(statistics[1])}, pool {settings.pool}, L2-normalised, {str(dtype).removeprefix('torch.')}")
+    return lambda image: square(image, side), features, info
 
 
 # ---- autoencoder --------------------------------------------------------------------------------------------------
@@ -162,7 +184,7 @@ def autoencoder(name, device, precision="fp32"):
     """
     kind, folder, revision, info = autoencoder_info(name)
     network = load("autoencoder.name", kind, folder, revision).to(device)
-    info["weights"] = digest(network)
+    info |= {"weights": digest(network), "precision": precision}
     scale, shift = (torch.tensor(info[k], device=device, dtype=torch.float32).view(-1, 1, 1) for k in ("scale", "shift"))
     network.tile_sample_min_size, network.tile_latent_min_size = TILE, TILE // info["factor"]
     network.spatial_scale_factor = info["factor"]       # AutoencoderTiny's tiles take it for 8 always
@@ -170,7 +192,7 @@ def autoencoder(name, device, precision="fp32"):
     @torch.no_grad()
     def encode(x):
         means, stds = [], []
-        network.use_tiling = x.shape[-1] > TILE
+        network.use_tiling = x.shape[-1] > TILE and info["class"] == "AutoencoderKL"       # AutoencoderTiny's takes channels for 4 always
         for part in x.split(max(1, AT_ONCE // x[0, 0].numel())):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 out = network.encode(part)
@@ -209,10 +231,11 @@ def text_info(settings):
         try:
             about = transformers.AutoConfig.from_pretrained(folder, revision=revision)
         except Exception as error:
-            raise UserError(f"text.name = {name!r} is not a network that transformers knows ({str(error).strip().splitlines()[0]})") from None
+            raise UserError(f"text.name = {name!r} is not a network that transformers knows ({_cause(error)})") from None
         dims.append(about.get_text_config().hidden_size)
-    return parts, {"name": settings.name, "revision": " + ".join(revision or "-" for *_, revision in parts), "dim": sum(dims),
-                   "length": settings.length, "layer": settings.layer}
+    return parts, {"name": settings.name, "revision": " + ".join(revision or "-" for *_, revision in parts),
+                   "dim": sum(dims),
+                   "length": settings.length, "layer": settings.layer, "precision": settings.precision}
 
 
 def text_encoder(settings, device):
@@ -226,11 +249,13 @@ def text_encoder(settings, device):
     dtype, encoders, marks = dtype_of(settings.precision, device), [], []
     for kind, folder, revision in parts:
         network = load("text.name", kind, folder, revision)
+        if network.config.is_encoder_decoder:
+            network = network.get_encoder()
         marks.append(f"{type(network).__name__}:{digest(network)}")
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, revision=revision, padding_side="right")
         except Exception as error:
-            raise UserError(f"text.name = {folder!r} has no tokenizer that can be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from None
+            raise UserError(f"text.name = {folder!r} has no tokenizer that can be loaded ({_cause(error)}); {_remedy('text.name', folder)}") from None
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         longest = min(tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None) or 10 ** 9)
         if settings.length > longest:
@@ -247,8 +272,8 @@ def text_encoder(settings, device):
             features = []
             for tokenizer, network in encoders:
                 if not warned and (longer := sum(len(ids) > settings.length for ids in tokenizer(part)["input_ids"])):
-                    print(f"warning: {longer} of {len(part)} captions are longer than text.length = {settings.length} tokens: cut, as all such "
-                          f"from here on", file=sys.stderr)
+                    print(f"warning: {longer} of {len(part)} captions are longer than text.length = {settings.length} tokens: cut; further ones are "
+                          f"not reported", file=sys.stderr)
                     warned = True
                 tokens = tokenizer(part, padding="max_length", truncation=True, max_length=settings.length, return_tensors="pt").to(device)
                 out = network(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=settings.layer == "penultimate")
@@ -259,4 +284,10 @@ def text_encoder(settings, device):
             rows.append(torch.cat(features, dim=2).half())
         return torch.cat(rows)
 
+    try:
+        width = encode(["a"]).shape[2]
+    except Exception as error:      # a network of images and text, say
+        raise UserError(f"text.name = {settings.name!r} gives no token features of a caption ({_cause(error)}): give a text encoder") from None
+    if width != info["dim"]:
+        raise UserError(f"text.name = {settings.name!r} gives {width} features a token, its config says {info['dim']}: give a text encoder")
     return SimpleNamespace(info=info, encode=encode)

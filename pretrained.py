@@ -3,13 +3,14 @@
     torchrun --nproc_per_node=8 -- pretrained.py --run runs/laion --shard 3     # node 3; --captions caches token features, too
     python pretrained.py --run runs/emoji --shard router
 
-reads   RUN/config.toml, RUN/shards/K/*.tar, the networks that [autoencoder] and [text] name
+reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar, the networks that [autoencoder] and [text] name
 writes  RUN/latents/K/NAME.tar      the samples of shards/K/NAME.tar with latents instead of pictures: KEY.lat, float16
                                     [flips, mean|std, C, H, W], standardised; the flips are the picture and its mirror image. With --captions
                                     KEY.tok, float16 [tokens, E], too. All other members as they are
-        RUN/latents/K/about.json    shapes of KEY.lat, the networks that made it, their preprocessing
-Run again, it goes on where it stopped. Training then reads RUN/latents/K instead of RUN/shards/K. Nothing is lost: mean and standard
-deviation are kept, and each epoch draws from the posterior anew, with the noise that encoding on the fly would use.
+        RUN/latents/K/about.json    shapes of KEY.lat, the networks that made it and their preprocessing, the clustering, the shards' sizes
+Run again, it goes on where it stopped. Training then reads RUN/latents/K instead of RUN/shards/K. It sees the same distribution: mean and
+standard deviation are kept (AutoencoderTiny has no deviation: one row, the latents), and each epoch draws from the posterior anew, with the
+noise that encoding on the fly would use.
 """
 import collections
 import glob
@@ -19,14 +20,18 @@ import math
 import os
 import shutil
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from common import UserError, atomic, barrier, load_run, make_parser, parse, progress, script, start, sum_over_ranks
+from common import (UserError, atomic, gather, load_run, make_parser, on_rank_0, parse, progress, read_clusters, script, start,
+                    sum_over_ranks)
 from data import TarWriter, index_tar, square, to_float, to_uint8, usable
 from model import hash_words
-from networks import NONE, autoencoder, autoencoder_info, identity, label, text_encoder, text_info
+from networks import NONE, autoencoder, autoencoder_info, dtype_of, identity, label, pinned, text_encoder, text_info
+
+BATCH = 64      # pictures that are cached together
 
 
 # ---- what a model's x and c are made of ---------------------------------------------------------------------------
@@ -34,9 +39,9 @@ from networks import NONE, autoencoder, autoencoder_info, identity, label, text_
 class Space:
     """Pixels or latents, words or token features: turns pictures into x_0 and captions into c, and x into pictures.
 
-    size, channels, text_dim: the model's. info: {"autoencoder": ..., "text": ...}, for artifacts' metadata. The networks are the
-    config's and are loaded at once; without a device only their configs are read. wanted: what an artifact, `origin`, says that it was made with:
-    a network of that name is then loaded when first needed, and one that is not the same gives a UserError with both names.
+    size, channels, text_dim: the model's. info: {"autoencoder": ..., "text": ...}, for artifacts' metadata. wanted: such an info, of an
+    artifact `origin`: the networks that the config names must be those, or there is a UserError with both names. A network is loaded when
+    it is first needed; without a device only its config is read.
     """
 
     def __init__(self, config, device=None, wanted=None, origin=""):
@@ -55,7 +60,7 @@ class Space:
             info = {"name": ""}
         elif settings.name == NONE[role]:
             info = {"name": settings.name}
-        elif wanted and wanted["name"] == settings.name:
+        elif wanted and wanted["name"] == settings.name:        # taken at its word until it is loaded
             info = wanted | ({"length": settings.length, "layer": settings.layer} if role == "text" else {})
         elif self.device is None:
             return autoencoder_info(settings.name)[-1] if role == "autoencoder" else text_info(settings)[-1]
@@ -66,19 +71,30 @@ class Space:
 
     def _check(self, role, info):
         if (wanted := self.wanted.get(role)) and identity(wanted) != identity(info):
-            raise UserError(f"{self.origin} was made with {role} {label(wanted)}, not with {label(info)}: where the same network lies elsewhere "
+            raise UserError(f"{self.origin} was made with or for {role} {label(wanted)}, not {label(info)}: where the same network lies elsewhere "
                             f"on this machine, give it as --{role}.name")
 
     def network(self, role):
         """The autoencoder or the text encoder, loaded if it is not yet; None where pixels or word numbers need none."""
         if role not in self._networks:
-            settings = getattr(self.config, role)
-            if settings.name == NONE[role]:
+            settings, wanted = SimpleNamespace(**vars(getattr(self.config, role))), self.wanted.get(role)
+            if settings.name == NONE[role] or role == "text" and self.config.data.condition != "text":
                 return None
-            network = autoencoder(settings.name, self.device, settings.precision) if role == "autoencoder" else text_encoder(settings, self.device)
+            if wanted and wanted["name"] == settings.name:
+                settings.name = pinned(wanted)
+            device = self.device or torch.device("cpu")
+            network = autoencoder(settings.name, device, settings.precision) if role == "autoencoder" else text_encoder(settings, device)
+            network.info["name"] = getattr(self.config, role).name
             self._check(role, network.info)
             self._networks[role] = network
         return self._networks[role]
+
+    def name_weights(self):
+        """Loads each network once to complete its info by the digest of its weights."""
+        for role in self.info:
+            if network := self.network(role):
+                self.info[role] = network.info
+                self.forget(role)
 
     def forget(self, role):
         """Frees the memory of a network that is done."""
@@ -105,43 +121,62 @@ class Space:
 
 # ---- the cache ----------------------------------------------------------------------------------------------------
 
-def read_cache(run, shards, config):
-    """What RUN/latents/K/about.json says, if all of `shards` have complete latents that fit the config; None if one has none.
+def read_cache(run, shards, config, clusters):
+    """What RUN/latents/K/about.json says, if each of `shards` has one; None if not. clusters: what common.read_clusters says.
 
-    UserError if they are incomplete, or differ from the config or from each other.
+    UserError if the latents are incomplete, or of another clustering, other tars, networks or settings than the run's.
     """
     abouts = []
     for shard in shards:
         folder = os.path.join(run, "latents", shard)
-        try:
-            with open(os.path.join(folder, "about.json")) as f:
-                about = json.load(f)
-        except FileNotFoundError:
+        about = _read_about(folder)
+        if about is None:
             return None
-        names, wanted = _names(folder), _names(os.path.join(run, "shards", shard)) or about["tars"]
-        if missing := sorted(set(wanted) - set(names)):
+        anew = f"delete {folder} and make it anew with pretrained.py, or train with --data.cached false"
+        there, wanted = _tars(folder), _tars(os.path.join(run, "shards", shard)) or about["tars"]
+        if missing := sorted(wanted.keys() - there.keys()):
             raise UserError(f"{folder} lacks {len(missing)} of {len(wanted)} tars, {missing[0]} the first: let pretrained.py --run {run} --shard {shard} "
                             f"finish, or train with --data.cached false")
-        data = config.data
-        for key, there, now in (("data.size", about["size"], data.size), ("data.condition", about["condition"], data.condition),
-                                ("data.crop", "center", data.crop), ("data.flip", about["flip"], about["flip"] or data.flip)):
-            if there != now:
-                raise UserError(f"{folder} was made with {key} = {there!r}, the config says {now!r}: make it anew, or train with --data.cached false")
+        if other := sorted(name for name in there if name not in wanted or about["tars"].get(name) != wanted[name]):
+            raise UserError(f"{folder}/{other[0]} was not made of {run}/shards/{shard}/{other[0]} as it is now: {anew}")
+        data, meant = config.data, clusters.get("networks", {})
+        for what, made, now in (("the clustering (fingerprint)", about["fingerprint"], clusters["fingerprint"]), ("data.size", about["size"], data.size),
+                                ("data.condition", about["condition"], data.condition), ("data.crop", "center", data.crop),
+                                ("data.flip", about["flip"], about["flip"] or data.flip)):
+            if made != now:
+                raise UserError(f"{folder} was made with {what} {made!r}, now it is {now!r}: {anew}")
+        for role in ("autoencoder", "text"):
+            if about[role]["name"] and role in meant and identity(about[role]) != identity(meant[role]):
+                raise UserError(f"{folder} was made with {role} {label(about[role])}, the run is for {label(meant[role])}: {anew}")
         abouts.append(about | {"folder": folder})
     first = abouts[0]
     for about in abouts[1:]:
-        for role in ("autoencoder", "text"):
-            if identity(about[role] or {}) != identity(first[role] or {}):
-                raise UserError(f"{about['folder']} and {first['folder']} were made with different networks: {role} "
-                                f"{label(about[role] or {'name': ''})} / {label(first[role] or {'name': ''})}")
+        if bool(about["text"]["name"]) != bool(first["text"]["name"]):
+            raise UserError(f"of {about['folder']} and {first['folder']} one has token features, the other not: make both with or without --captions, "
+                            f"or train with --data.cached false")
     return first
 
 
-def _names(folder):
-    return sorted(os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+def _read_about(folder):
+    path = os.path.join(folder, "about.json")
+    try:
+        with open(path) as f:
+            about = json.load(f)
+        if not {"fingerprint", "tars", "shapes", "autoencoder", "text", "size", "condition", "flip"} <= about.keys():
+            raise ValueError("keys are missing")
+        return about
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete {folder} and make it anew with pretrained.py") from None
 
 
-def cache_tar(source, target, space, about, batch, bad, bar):
+def _tars(folder):
+    """{name: size} of the tars in a folder."""
+    return {os.path.basename(path): os.path.getsize(path) for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))}
+
+
+def cache_tar(source, target, space, about, bad, bar):
     """Writes one tar of latents; counts the causes of unusable samples in bad. -> number of samples."""
     size, shape, count = space.config.data.size, about["shapes"][0], 0
 
@@ -150,12 +185,12 @@ def cache_tar(source, target, space, about, batch, bad, bar):
 
     samples = usable(source, crops, size, space.config.data, bad)
     with TarWriter(target) as tar:
-        while part := list(itertools.islice(samples, batch)):
+        while part := list(itertools.islice(samples, BATCH)):
             x = torch.from_numpy(np.concatenate([pictures for *_, pictures in part])).to(space.device)
             moments = space.network("autoencoder").encode(to_float(x))
             latents = torch.stack([m for m in moments if m is not None], dim=1).view(-1, *shape).half().cpu().numpy()
-            tokens = space.captions([_caption(members) for _, members, _ in part]).cpu() if about["text"] else None
-            for i, (sample, members, _) in enumerate(part):
+            tokens = space.captions([caption for _, _, caption, _ in part]).cpu() if about["text"]["name"] else None
+            for i, (sample, members, *_) in enumerate(part):
                 members["lat"] = latents[i].tobytes()
                 if tokens is not None:
                     members["tok"] = tokens[i][tokens[i].any(1)].numpy().tobytes()
@@ -167,19 +202,15 @@ def cache_tar(source, target, space, about, batch, bad, bar):
     return count
 
 
-def _caption(members):
-    return members["txt"].decode(errors="replace").strip()
-
-
 def estimate(source, space, about):
     """Bytes that a sample takes in the cache: latents exactly, captions and other members by the mean over the first samples of a tar."""
     in_tar = lambda size: 512 + -(-size // 512) * 512
-    first = list(itertools.islice(usable(source, lambda image: None, 0, space.config.data, collections.Counter()), 64))
+    first = list(itertools.islice(usable(source, lambda image: None, 1, space.config.data, collections.Counter()), BATCH))
     latents, captions = in_tar(2 * math.prod(about["shapes"][0])), 0.0
-    if about["text"] and first:
-        tokens = space.captions([_caption(members) for _, members, _ in first]).any(2).sum(1).tolist()
+    if about["text"]["name"] and first:
+        tokens = space.captions([caption for _, _, caption, _ in first]).any(2).sum(1).tolist()
         captions = sum(in_tar(2 * n * space.text_dim) for n in tokens) / len(first)
-    rest = sum(in_tar(len(payload)) for _, members, _ in first for role, payload in members.items() if role != "image") / max(1, len(first))
+    rest = sum(in_tar(len(payload)) for _, members, *_ in first for role, payload in members.items() if role != "image") / max(1, len(first))
     return latents, captions, rest
 
 
@@ -187,69 +218,71 @@ def main():
     parser = make_parser(__doc__, ["autoencoder", "text"])
     parser.add_argument("--shard", required=True, metavar="K", help="whose pictures to encode: 0, 1, ..., or router")
     parser.add_argument("--captions", action="store_true", help="cache the token features of the captions, too")
-    parser.add_argument("--batch", type=int, default=64, metavar="B", help="pictures at once (default: 64)")
     args, given = parse(parser)
-    config = load_run(args.run, given)
+    config, clusters = load_run(args.run, given), read_clusters(args.run)
     source, target = (os.path.join(args.run, folder, args.shard) for folder in ("shards", "latents"))
-    names = _names(source)
-    if not names:
-        raise UserError(f"no tars in {source}: give --shard K of a shard that is here")
+    tars = _tars(source)
+    if not tars:
+        there = sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(os.path.join(glob.escape(args.run), "shards", "*", "")))
+        raise UserError(f"no tars in {source}: there are the shards {', '.join(there) or 'none'}")
     if not config.autoencoder.name:
         raise UserError(f"nothing to cache: {args.run} is in pixel space (autoencoder.name is empty)")
     if config.data.crop != "center":
         raise UserError(f"data.crop = {config.data.crop!r} is drawn anew each time and cannot be cached: train on the fly")
-    if args.captions and (config.data.condition != "text" or config.text.name == "words"):
+    if args.captions and (config.data.condition != "text" or config.text.name == NONE["text"]):
         raise UserError(f"--captions caches a text encoder's features; this run has condition = {config.data.condition}, text.name = {config.text.name!r}")
-    if args.batch < 1:
-        raise UserError(f"--batch {args.batch} must be at least 1")
 
     ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
-    space = Space(config, ranks.device)
-    about = {"size": config.data.size, "condition": config.data.condition, "flip": config.data.flip, "autoencoder": space.info["autoencoder"],
+    space = Space(config, ranks.device, clusters.get("networks"), os.path.join(args.run, "clusters.safetensors"))
+    space.network("autoencoder")        # found out now, if it is another one
+    about = {"fingerprint": clusters["fingerprint"], "size": config.data.size, "condition": config.data.condition, "flip": config.data.flip,
              # a list, for pictures of several shapes: all KEY.lat here have the first one
              "shapes": [[1 + config.data.flip, 1 + space.posterior, space.channels, space.size, space.size]],
-             "text": space.info["text"] if args.captions else None}
-    path = os.path.join(target, "about.json")
-    if os.path.exists(path):
-        with open(path) as f:
-            old = json.load(f)
-        old.pop("tars")
-        for key in about:
-            a, b = (identity(v[key]) if isinstance(v[key], dict) else v[key] for v in (old, about))
-            if a != b:
-                shown = [label(v[key]) if isinstance(v[key], dict) else repr(v[key]) for v in (old, about)]
-                raise UserError(f"{target} was made with {key} {shown[0]}, now it would be {shown[1]}: delete the folder to make it anew")
+             "autoencoder": space.info["autoencoder"] | {"precision": config.autoencoder.precision},
+             "text": space.info["text"] | {"precision": str(dtype_of(config.text.precision, ranks.device))} if args.captions else {"name": ""}}
+    old = _read_about(target) or about | {"tars": {}}
+    for key in about:
+        is_network = key in ("autoencoder", "text")
+        a, b = (identity(v[key]) | {"precision": v[key].get("precision")} if is_network else v[key] for v in (old, about))
+        if a != b:
+            shown = [label(v[key]) + f" in {v[key].get('precision')}" if is_network else repr(v[key]) for v in (old, about)]
+            raise UserError(f"{target} was made with {key} {shown[0]}, now it would be {shown[1]}: "
+                            + ("call it as then, with or without --captions, or " if key == "text" else "") + f"delete {target} to make it anew")
 
-    barrier()
-    samples = 0
-    for name in names[ranks.rank::ranks.world]:
-        samples += len(index_tar(os.path.join(source, name)))
-    samples = int(sum_over_ranks(torch.tensor(samples)))
-    if ranks.rank == 0:
-        each = estimate(os.path.join(source, names[0]), space, about)
+    mine = list(tars)[ranks.rank::ranks.world]
+    counts = torch.zeros(len(tars), dtype=torch.int64)
+    counts[ranks.rank::ranks.world] = torch.tensor([len(index_tar(os.path.join(source, name))) for name in mine], dtype=torch.int64)
+    sum_over_ranks(counts)
+
+    def prepare():
+        largest = list(tars)[int(counts.argmax())]
+        samples, each = int(counts.sum()), estimate(os.path.join(source, largest), space, about)
         print(f"{target}: {samples} samples of {each[0]} bytes of latents {about['shapes'][0]}, {each[1]:.0f} of token features and {each[2]:.0f} of other "
               f"members: {samples * sum(each) / 1e9:.3g} GB, {sum(each) / 1e3:.3g} GB per million images", flush=True)
         os.makedirs(target, exist_ok=True)
-        have = sum(os.path.getsize(os.path.join(target, name)) for name in _names(target))
-        if (free := shutil.disk_usage(target).free) < samples * sum(each) - have:
-            raise UserError(f"{target} needs {(samples * sum(each) - have) / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB left")
+        for name in _tars(target):
+            if old["tars"].get(name) != tars.get(name):     # of a shard that has changed since
+                os.remove(os.path.join(target, name))
         for torn in glob.glob(os.path.join(glob.escape(target), "*.tmp")):     # of a call that was killed
             os.remove(torn)
-        with atomic(path) as temporary, open(temporary, "w") as f:
-            json.dump(about | {"tars": names}, f, indent=1)
-    barrier()
+        needed = samples * sum(each) - sum(_tars(target).values())
+        if (free := shutil.disk_usage(target).free) < needed:
+            raise UserError(f"{target} needs {needed / 1e9:.3g} GB more, the disk has {free / 1e9:.3g} GB left")
+        with atomic(os.path.join(target, "about.json")) as temporary, open(temporary, "w") as f:
+            json.dump(about | {"tars": tars}, f, indent=1)
 
+    on_rank_0(prepare)
     bad, made = collections.Counter(), 0
     bar = progress(desc=f"latents/{args.shard}", unit=" images")
-    for name in names[ranks.rank::ranks.world]:
+    for name in mine:
         if not os.path.exists(os.path.join(target, name)):
-            made += cache_tar(os.path.join(source, name), os.path.join(target, name), space, about, args.batch, bad, bar)
+            made += cache_tar(os.path.join(source, name), os.path.join(target, name), space, about, bad, bar)
     bar.close()
-    made, unusable = sum_over_ranks(torch.tensor([made, sum(bad.values())])).tolist()
+    every = gather((made, bad))
     if ranks.rank == 0:
-        size = sum(os.path.getsize(os.path.join(target, name)) for name in names)
-        print(f"{target}: {len(names)} tars, {size / 1e9:.3g} GB; {made} samples made now"
-              + (f", {unusable} unusable ones left out" + "".join(f"; {cause}: {n}" for cause, n in sorted(bad.items())) if unusable else ""))
+        bad = sum((b for _, b in every), collections.Counter())
+        print(f"{target}: {len(tars)} tars, {sum(_tars(target).values()) / 1e9:.3g} GB; {sum(n for n, _ in every)} samples made now"
+              + "".join(f"; {n} left out: {cause}" for cause, n in sorted(bad.items())))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def open_space(team, given, device):
         elif "weights" not in info[role]:
             raise UserError(f"--{role}.name {given[f'{role}.name']}: {team.path} was trained without a pretrained {role} network")
     config.text.length, config.text.vocab = team.config.length, team.config.vocab
-    config.text.layer = info["text"].get("layer", "last")
+    config.text.layer, config.text.precision = info["text"].get("layer", "last"), info["text"].get("precision", "auto")
     return pretrained.Space(config, device, info, team.path)
 
 

@@ -5,7 +5,8 @@
     python train_expert.py --run runs/demo --shard all                         # the monolith, to compare with
 
 reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar, or RUN/latents/K/*.tar if pretrained.py made them (for all:
-        every cluster's); the pretrained networks that the config names and whose work is not cached
+        every cluster's); the pretrained networks that the config names: the autoencoder, if only to draw RUN/samples, and the text encoder
+        unless its work is cached
 writes  RUN/experts/K.safetensors (averaged weights), RUN/checkpoints/expert-K/, RUN/logs/expert-K.csv,
         RUN/samples/expert-K-STEP.png
 Run again, it goes on from its newest checkpoint.
@@ -14,7 +15,7 @@ import os
 
 import flow
 import training
-from common import UserError, atomic, load_run, make_parser, parse, script, start
+from common import UserError, atomic, load_run, make_parser, on_rank_0, parse, read_clusters, script, start
 from data import picture_grid
 from model import drop_condition
 
@@ -26,7 +27,7 @@ def main():
     config = load_run(args.run, given)
     train = training.stage_config(config)
     K = config.cluster.experts
-    fingerprint = training.read_fingerprint(args.run)
+    clusters = read_clusters(args.run)
 
     there = training.find_shards(args.run)
     if args.shard != "all" and args.shard not in there:
@@ -39,13 +40,13 @@ def main():
 
     ranks = start(args.device)
     name = f"expert-{args.shard}"
-    data, space = training.open_shards(args.run, there if args.shard == "all" else [args.shard], config, train, ranks)
+    data, space = training.open_shards(args.run, there if args.shard == "all" else [args.shard], config, train, ranks, clusters)
+    if space.config.autoencoder.name:
+        on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
     state = training.State(args.run, name, training.model_config(config, "model", space), train, ranks, config, space,
-                           shard=args.shard, clustering=fingerprint, images=len(data))
-    info = training.describe(config, space, fingerprint) | {"objective": config.flow.objective, "shard": args.shard}
+                           shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
+    info = training.describe(config, space, clusters) | {"objective": config.flow.objective, "shard": args.shard}
 
-    if ranks.rank == 0:
-        space.network("autoencoder")        # what draws the pictures, also of cached latents: missed now, not after hours
 
     path = os.path.join(args.run, "experts", f"{args.shard}.safetensors")
     for step in training.steps(state, data, space, config, batch, shown="loss"):

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 -- train_router.py --run runs/laion
     python train_router.py --run runs/demo
 
-reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/router/*.tar or RUN/latents/router/*.tar; pretrained networks, as train_expert.py
+reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/router/*.tar or RUN/latents/router/*.tar; the pretrained networks whose work is not cached
 writes  RUN/router.safetensors (averaged weights), RUN/checkpoints/router/, RUN/logs/router.csv (accuracy by noise level)
 --train.* and [train.router] apply. Run again, it goes on from its newest checkpoint.
 """
@@ -14,7 +14,7 @@ import torch
 
 import flow
 import training
-from common import load_run, make_parser, parse, script, start
+from common import load_run, make_parser, parse, read_clusters, script, start
 from model import build, drop_condition
 
 
@@ -26,18 +26,18 @@ def main():
     config = load_run(args.run, given)
     train = training.stage_config(config, "router")
     K = config.cluster.experts
-    fingerprint = training.read_fingerprint(args.run)
+    clusters = read_clusters(args.run)
 
     ranks = start(args.device)
-    data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters=True)
+    data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters, labelled=True)
     router_config = training.model_config(config, "router", space, clusters=K)
     if not train.steps:     # 4% of the experts' training FLOPs
         with torch.device("meta"):
             expert, router = (build(c).flops() for c in (training.model_config(config, "model", space), router_config))
         train.steps = math.ceil(0.04 * expert * config.train.steps * config.train.batch / (router * train.batch))
 
-    state = training.State(args.run, "router", router_config, train, ranks, config, space, clustering=fingerprint, images=len(data))
-    info = training.describe(config, space, fingerprint)
+    state = training.State(args.run, "router", router_config, train, ranks, config, space, clustering=clusters["fingerprint"], images=len(data))
+    info = training.describe(config, space, clusters)
 
     path = os.path.join(args.run, "router.safetensors")
     for step in training.steps(state, data, space, config, train.batch, shown="acc"):

@@ -30,7 +30,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import flow
@@ -46,16 +45,6 @@ FINISHED, UNFINISHED = "finished", "to be continued"
 
 
 # ---- from the run -------------------------------------------------------------------------------------------------
-
-def read_fingerprint(run):
-    """The fingerprint of the run's clusters, which every model of the run carries."""
-    path = os.path.join(run, "clusters.safetensors")
-    try:
-        with safe_open(path, framework="np") as f:
-            return json.loads(f.metadata()["nanoddm"])["fingerprint"]
-    except Exception as error:      # safetensors raises its own kinds
-        raise UserError(f"cannot read {path} ({error}): make it with cluster.py --run {run} --data ...") from None
-
 
 def stage_config(config, stage=""):
     """[train] with the keys of [train.<stage>] that are set over it."""
@@ -83,9 +72,9 @@ def model_config(config, table, space, clusters=0):
         raise UserError(str(error)) from None
 
 
-def describe(config, space, fingerprint):
+def describe(config, space, clusters):
     """What a model's file must say besides its shape, for it to be used, and used together with others of the run."""
-    return space.info | {"shift": config.flow.shift, "fingerprint": fingerprint}
+    return space.info | {"shift": config.flow.shift, "fingerprint": clusters["fingerprint"]}
 
 
 def find_shards(run):
@@ -94,15 +83,22 @@ def find_shards(run):
                    for k in os.listdir(os.path.join(run, part)) if k.isdigit()}, key=int)
 
 
-def open_shards(run, shards, config, train, ranks, clusters=False):
-    """-> (the TarDataset of all tars of these shards, cached latents where there are any, and the Space of the run's models)."""
+def open_shards(run, shards, config, train, ranks, clusters, labelled=False):
+    """-> (the TarDataset of all tars of these shards, of their latents if all are cached, and the Space of the run's models).
+
+    clusters: what common.read_clusters says; labelled: each sample must say its cluster. UserError if a shard is missing.
+    """
     d = config.data
-    about = pretrained.read_cache(run, shards, config) if d.cached and config.autoencoder.name else None
-    space = pretrained.Space(config, ranks.device, about and {role: about[role] for role in ("autoencoder", "text")}, about and about["folder"])
+    space = pretrained.Space(config, ranks.device, clusters.get("networks"), os.path.join(run, "clusters.safetensors"))
+    about = pretrained.read_cache(run, shards, config, clusters) if d.cached and config.autoencoder.name else None
     folders = [os.path.join(run, "latents" if about else "shards", k) for k in shards]
+    found = [glob.glob(os.path.join(glob.escape(folder), "*.tar")) for folder in folders]
+    if missing := [folder for folder, tars in zip(folders, found) if not tars]:
+        raise UserError(f"no tars in {', '.join(missing)}: copy them there, or make them with cluster.py"
+                        + ("" if about or not config.autoencoder.name or not d.cached else "; latents are used where all shards have them"))
     if ranks.rank == 0 and config.autoencoder.name:
         print(f"latents cached in {', '.join(folders)}" if about else "latents not cached: pictures are encoded at each step (pretrained.py caches them)")
-    tars = sorted(path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    tars = sorted(path for paths in found for path in paths)
     for path in tars[ranks.rank::ranks.world]:      # the ranks share the work of the first time
         index_tar(path)
     barrier()
@@ -110,9 +106,14 @@ def open_shards(run, shards, config, train, ranks, clusters=False):
     if d.condition == "text":       # a pretrained encoder reads a batch of captions at once, in the training process
         encode = None if space.text_dim else functools.partial(models.hash_words, length=config.text.length, vocab=config.text.vocab)
     data = TarDataset(tars, d.size, d.condition, encode, d.classes, train.seed, d.crop, d.flip, d.run, (space.channels, space.size, space.size),
-                      clusters, space.posterior, about and about["shapes"][0], (config.text.length, space.text_dim) if about and about["text"] else None)
+                      labelled, space.posterior, about and about["shapes"][0],
+                      (config.text.length, space.text_dim) if about and about["text"]["name"] else None)
     if not len(data):
-        raise UserError(f"no samples in {', '.join(folders)}: copy the shards there, or make them with cluster.py")
+        raise UserError(f"no samples in {', '.join(folders)}")
+    if not about:       # loaded now, not in the midst of the first step
+        space.network("autoencoder")
+    if not data.tokens:
+        space.network("text")
     return data, space
 
 

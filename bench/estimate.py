@@ -1,6 +1,7 @@
 """Disk and time of a real recipe, computed from its config before anything is downloaded: what the README's tables say.
 
-    python bench/estimate.py configs/laion.toml --images 153.6e6 --image-bytes 30e3 --tokens 20 --tflops 400
+    python bench/estimate.py configs/imagenet.toml --images 1281167 --image-bytes 115e3
+    python bench/estimate.py configs/laion.toml --images 153.6e6 --image-bytes 30e3 --other-bytes 2560 --tokens 20
 
 Bytes: as the stages write them. FLOPs: of the frozen networks by torch's counter, on the meta device, from their published shapes (no
 weights, no network needed); of the models by their own formula. Time: FLOPs over a rate a GPU that you state.
@@ -64,6 +65,8 @@ def main():
     parser.add_argument("config")
     parser.add_argument("--images", type=float, required=True)
     parser.add_argument("--image-bytes", type=float, required=True, help="of a picture as downloaded, on average")
+    parser.add_argument("--other-bytes", type=float, default=1024, help="of a sample's other members, with their headers: a class or caption "
+                        "takes 1024 (the default), img2dataset's JSON some 1500 more")
     parser.add_argument("--tokens", type=float, default=20, help="of a caption, on average (default: 20)")
     parser.add_argument("--tflops", type=float, default=400, help="sustained by one GPU, in 1e12 a second (default: 400)")
     parser.add_argument("--gpus", type=int, default=8, help="of a node (default: 8)")
@@ -71,22 +74,21 @@ def main():
     config = make_config(read_toml(args.config))
     K, N, text = config.cluster.experts, args.images, config.data.condition == "text"
     names = config.text.name.split(" + ") if text else []
-    dims = {"openai/clip-vit-large-patch14": 768, "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": 1280, "google/t5-v1_1-xl": 2048}
-    space = Shape(config, sum(dims[name] for name in names))
+    space = Shape(config, sum(published(name)[0].config.hidden_size for name in names))
     with torch.device("meta"):
         expert = models.build(training.model_config(config, "model", space))
         router = models.build(training.model_config(config, "router", space, K))
-    member = lambda size: 512 + -(-size // 512) * 512
+    in_tar = lambda size: 512 + -(-size // 512) * 512
     flips = 1 + config.data.flip
-    latents = member(flips * 2 * space.channels * space.size ** 2 * 2)
-    tokens = member(args.tokens * space.text_dim * 2) if text else 0
-    picture = member(args.image_bytes) + 1024       # and a caption or class
+    latents = in_tar(flips * 2 * space.channels * space.size ** 2 * 2) + args.other_bytes
+    tokens = in_tar(args.tokens * space.text_dim * 2) if text else 0
+    picture = in_tar(args.image_bytes) + args.other_bytes
     in_router = min(N, config.cluster.router_images)
     TB = 1e12
     print(f"{args.config}: {N / 1e6:.4g}M pictures of {args.image_bytes / 1e3:.4g} kB on average, {K} nodes of {args.gpus} GPUs at {args.tflops:g} TFLOP/s each\n")
-    print(f"disk, TB                         clustering node   expert's node (on average)   router's node")
+    print("disk, TB                         clustering node   expert's node (on average)   router's node")
     for what, a, b, c in (("pictures as downloaded", N * picture, 0, 0), ("shards, all / its own / router", (N + in_router) * picture, N / K * picture, in_router * picture),
-                          ("features", N * (1024 * 2 + 16), 0, 0), (f"latents, {latents / 1e3:.4g} kB a picture", 0, N / K * latents, in_router * latents),
+                          ("features", N * (2 * published(config.features.name)[0].config.hidden_size + 16), 0, 0), (f"latents, {latents / 1e3:.4g} kB a picture", 0, N / K * latents, in_router * latents),
                           (f"token features, {tokens / 1e3:.4g} kB", 0, N / K * tokens, in_router * tokens)):
         print(f"{what:32s} {a / TB:12.3f} {b / TB:20.3f} {c / TB:22.3f}")
     train, batch = config.train, config.train.batch

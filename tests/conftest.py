@@ -121,10 +121,10 @@ def bert_tokenizer():
 
 @pytest.fixture(scope="session")
 def networks(tmp_path_factory):
-    """A folder of folders as save_pretrained writes them: dinov2, clip-image, clip, clip-2, t5, bert, vae, tiny-vae."""
+    """A folder of folders as save_pretrained writes them: dinov2, clip-image, clip, clip-2, t5, bert, bart, vae, tiny-vae."""
     import diffusers
     import transformers
-    from transformers import (BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig,
+    from transformers import (BartConfig, BartModel, BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig,
                               Dinov2Config, Dinov2Model, T5Config, T5EncoderModel)
     import torch
     transformers.logging.disable_progress_bar()
@@ -138,11 +138,14 @@ def networks(tmp_path_factory):
             "clip": CLIPTextModel(clip_text),
             "clip-2": CLIPTextModelWithProjection(CLIPTextConfig(**clip_text.to_dict() | {"hidden_size": 8})),
             "t5": T5EncoderModel(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")),
+            "bart": BartModel(BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                                         encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=57, max_position_embeddings=24)),
             "bert": BertModel(BertConfig(**small, vocab_size=57, max_position_embeddings=24)),
             "vae": vae(),
             "tiny-vae": diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
                                                   num_decoder_blocks=(1, 1), latent_channels=4)}
-    tokenizers = {"clip": clip_tokenizer, "clip-2": clip_tokenizer, "t5": t5_tokenizer, "bert": bert_tokenizer}
+    tokenizers = {"clip": clip_tokenizer, "clip-2": clip_tokenizer, "clip-image": clip_tokenizer, "t5": t5_tokenizer, "bert": bert_tokenizer,
+                  "bart": bert_tokenizer}
     for name, network in made.items():
         network.save_pretrained(folder / name)
         if name in tokenizers:

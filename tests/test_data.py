@@ -289,7 +289,7 @@ def test_imagenet_s_own_tar_becomes_shards_with_classes_in_the_names_order(tmp_p
             info = tarfile.TarInfo(f"{name}.tar")
             info.size = len(inner.getvalue())
             outer.addfile(info, io.BytesIO(inner.getvalue()))
-    assert "6 pictures" in command("data.py", "--out", tmp_path / "out", "--imagenet", tmp_path / "train.tar", "--per-tar", 4).stdout
+    assert "6 pictures of 2 classes" in command("data.py", "--out", tmp_path / "out", "--imagenet", tmp_path / "train.tar", "--per-tar", 4).stdout
     found = [[(s.key, sorted(s.members)) for s in scan_tar(tmp_path / "out" / f"0000{i}.tar")] for i in range(2)]
     assert [len(samples) for samples in found] == [4, 2] and all(m == ["cls", "image"] for samples in found for _, m in samples)
     with tarfile.open(tmp_path / "out" / "00000.tar") as tar:

@@ -7,13 +7,15 @@ import os
 import shutil
 import tarfile
 from contextlib import redirect_stderr
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
-from conftest import clip_tokenizer, command, vae
+from conftest import ENVIRONMENT, clip_tokenizer, command, vae
 from PIL import Image
 from test_mistakes import refused
 
@@ -23,6 +25,7 @@ import ensemble
 import flow
 import model as models
 import networks as nets
+import training
 from data import draw_shape
 
 CPU = torch.device("cpu")
@@ -48,10 +51,26 @@ def test_dinov2_features_are_pooled_as_the_config_says_and_of_length_one(network
         tokens = network(x).last_hidden_state
     assert tokens.shape[1] == 1 + 16 * 16       # patches of 14
     for pool, wanted in (("cls", tokens[:, 0]), ("cls+mean", torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))):
-        features, about = nets.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__batch=2), CPU)
-        found = torch.from_numpy(features(images))
+        prepare, features, info = nets.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__batch=2), CPU)
+        found = torch.from_numpy(features([prepare(image) for image in images]))
         torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
-        assert features([]).shape == (0, found.shape[1]) and pool in about and "224" in about
+        assert features([]).shape == (0, found.shape[1]) and pool in info["preprocessing"] and "224" in info["preprocessing"]
+        half = nets.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__precision="bf16"), CPU)[1]
+        torch.testing.assert_close(torch.from_numpy(half([prepare(image) for image in images])), found, rtol=0.1, atol=0.02)
+
+
+def test_the_patches_mean_leaves_registers_out(images, tmp_path):
+    torch.manual_seed(0)
+    network = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, num_register_tokens=3)).eval()
+    network.save_pretrained(tmp_path / "registers")
+    prepare, features, _ = nets.image_features(settings(features__name=str(tmp_path / "registers"), features__pool="cls+mean"), CPU)
+    x = torch.from_numpy(prepare(images[0]).copy()).permute(2, 0, 1)[None] / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        tokens = network(x).last_hidden_state
+    wanted = torch.cat([tokens[:, 0], tokens[:, 4:].mean(1)], 1)
+    torch.testing.assert_close(torch.from_numpy(features([prepare(images[0])])), wanted / wanted.norm(), rtol=1e-4, atol=1e-5)
 
 
 def test_clip_image_features_are_the_projected_embedding_under_clip_s_own_statistics(networks, images):
@@ -60,7 +79,8 @@ def test_clip_image_features_are_the_projected_embedding_under_clip_s_own_statis
     x = (x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     with torch.no_grad():
         wanted = network.visual_projection(network.vision_model(x).pooler_output)
-    found = torch.from_numpy(nets.image_features(settings(features__name=str(networks / "clip-image")), CPU)[0](images))
+    prepare, features, _ = nets.image_features(settings(features__name=str(networks / "clip-image")), CPU)
+    found = torch.from_numpy(features([prepare(image) for image in images]))
     torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
@@ -129,6 +149,9 @@ def test_decoding_is_bounded_in_batch_and_in_size(networks, monkeypatch, name):
     sizes.clear()
     tiled.decode(z[..., :8, :8])
     assert [shape[2:] for shape in sizes] == [(8, 8)]       # what fits is decoded whole
+    mean = tiled.encode(torch.zeros(1, 3, 40, 40))[0]
+    inside = whole.encode(torch.zeros(1, 3, 16, 16))[0][..., 3:5, 3:5].mean((2, 3))
+    assert mean.shape == (1, 4, 20, 20) and (mean.flatten(2).median(2)[0] - inside).abs().max() < 0.2
 
 
 # ---- text ---------------------------------------------------------------------------------------------------------
@@ -140,17 +163,19 @@ def encoder(networks, *names, length=20, layer="last"):
     return nets.text_encoder(settings(text__name=" + ".join(str(networks / n) for n in names), text__length=length, text__layer=layer).text, CPU)
 
 
-@pytest.mark.parametrize("name", ["clip", "clip-2", "t5", "bert"])
+@pytest.mark.parametrize("name", ["clip", "clip-2", "clip-image", "t5", "bert", "bart"])
 def test_token_features_are_the_encoder_s_and_zero_behind_the_last_token(networks, name):
     kind = {"clip": transformers.CLIPTextModel, "clip-2": transformers.CLIPTextModelWithProjection, "t5": transformers.T5EncoderModel,
-            "bert": transformers.BertModel}[name]
+            "bert": transformers.BertModel, "clip-image": transformers.CLIPModel, "bart": transformers.BartModel}[name]
     network, tokenizer = kind.from_pretrained(networks / name).eval(), transformers.AutoTokenizer.from_pretrained(networks / name)
+    network = {"clip-image": lambda: network.text_model, "bart": lambda: network.get_encoder()}.get(name, lambda: network)()
     found = encoder(networks, name)
     c = found.encode(CAPTIONS)
     assert c.shape == (5, 20, found.info["dim"]) and c.dtype == torch.float16
     for i in (0, 1, 4):
         with torch.no_grad():
-            wanted = network(**tokenizer(CAPTIONS[i], return_tensors="pt")).last_hidden_state[0]        # alone, without padding
+            tokens = tokenizer(CAPTIONS[i], return_tensors="pt")        # alone, without padding
+            wanted = network(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[0]
         n = len(wanted)
         assert 4 < n < 20
         torch.testing.assert_close(c[i, :n].float(), wanted, rtol=2e-3, atol=2e-3)
@@ -174,7 +199,7 @@ def test_long_captions_are_cut_with_one_warning(networks):
     with redirect_stderr(io.StringIO()) as stderr:
         first = found.encode(["a purple triangle", "a"])
         found.encode(["another long caption"])
-    assert stderr.getvalue().count("warning") == 1 and "1 of 2 captions are longer than text.length = 8 tokens" in stderr.getvalue()
+    assert stderr.getvalue().count("warning") == 1 and "1 of 2 captions are longer than text.length = 8 tokens: cut" in stderr.getvalue()
     assert first[0].any(1).all()
 
 
@@ -232,7 +257,7 @@ def members(folder):
 def test_cached_latents_and_captions_are_what_the_networks_make_of_each_sample(latent_run, networks):
     source, cached = members(latent_run / "shards" / "router"), members(latent_run / "latents" / "router")
     about = json.loads((latent_run / "latents" / "router" / "about.json").read_text())
-    assert about["shapes"] == [[2, 2, 4, 4, 4]] and about["tars"] == [f"0000{i}.tar" for i in range(3)]
+    assert about["shapes"] == [[2, 2, 4, 4, 4]] and list(about["tars"]) == [f"0000{i}.tar" for i in range(3)]
     assert {n for n in cached if not n.endswith((".lat", ".tok"))} == {n for n in source if not n.endswith(".png")}
     assert all(cached[n] == source[n] for n in cached if n in source)
     latent, text = nets.autoencoder(str(networks / "vae"), CPU), encoder(networks, "clip", "clip-2", layer="penultimate")
@@ -248,19 +273,44 @@ def test_cached_latents_and_captions_are_what_the_networks_make_of_each_sample(l
         assert not c[len(tokens):].any() and len(tokens) == len(clip_tokenizer()(source[f"{key}.txt"].decode())["input_ids"])
 
 
-def test_training_is_the_same_on_cached_latents_as_on_the_fly(latent_run, tmp_path):
-    """Also: a training on the fly needs no cache, and one on the cache no shards."""
-    for script, name in ((["train_expert.py", "--shard", "0"], "expert-0"), (["train_router.py"], "router")):
-        runs = {}
-        for kind, gone in (("fly", "latents"), ("cached", "shards")):
-            runs[kind] = shutil.copytree(latent_run, tmp_path / name / kind, ignore=shutil.ignore_patterns(gone, "experts", "logs", "checkpoints", "samples"))
-            if kind == "fly":
-                command(*script, "--run", runs[kind])
-        done = [runs["fly"], latent_run]
-        for a, b in zip(rows(done[0], name), rows(done[1], name), strict=True):
-            assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3), (a, b)
-    command("train_expert.py", "--shard", 0, "--run", runs["cached"])
-    assert (runs["cached"] / "experts" / "0.safetensors").read_bytes() == (latent_run / "experts" / "0.safetensors").read_bytes()
+def batches(run, shard, cached):
+    """What the first steps of a training on `shard` see."""
+    config = common.make_config(common.read_toml(run / "config.toml"), {"data.cached": cached})
+    ranks = SimpleNamespace(rank=0, world=1, device=CPU)
+    samples, space = training.open_shards(run, [shard], config, config.train, ranks, common.read_clusters(run), labelled=shard == "router")
+    loader = iter([data.collate([samples[p] for p in range(first, first + 16)]) for first in range(0, 48, 16)])
+    state = SimpleNamespace(sums=torch.zeros(5), warned=0, ranks=ranks)
+    return list(training._Step(state, loader, space, 3, 1, None).batches())
+
+
+@pytest.mark.parametrize("shard", ["0", "router"])
+def test_training_on_the_cache_sees_what_it_sees_on_the_fly(latent_run, shard):
+    """The same samples in the same order, mirrored alike, drawn from the posterior by the same noise, with the same captions."""
+    for a, b in zip(batches(latent_run, shard, True), batches(latent_run, shard, False), strict=True):
+        torch.testing.assert_close(a.x_0, b.x_0, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(a.c, b.c, rtol=1e-2, atol=1e-2)
+        assert torch.equal(a.eps, b.eps) and torch.equal(a.u, b.u) and torch.equal(a.drop, b.drop) and torch.equal(a.k, b.k)
+        assert a.x_0.shape == (16, 4, 4, 4) and a.c.shape == (16, 20, 24) and a.x_0.std() > 0.1 and a.c.float().std() > 0.1
+
+
+def test_training_needs_the_cache_or_the_shards_not_both(latent_run, tmp_path):
+    logs = {}
+    for kind, gone in (("fly", "latents"), ("cached", "shards")):
+        run = shutil.copytree(latent_run, tmp_path / kind, ignore=shutil.ignore_patterns(gone, "experts", "logs", "checkpoints", "samples"))
+        done = command("train_expert.py", "--shard", 0, "--run", run)
+        assert ("latents not cached" if kind == "fly" else "latents cached in") in done.stdout
+        logs[kind] = [float(row["loss"]) for row in rows(run, "expert-0")]
+    assert logs["fly"] == pytest.approx(logs["cached"], rel=1e-3)
+    assert (tmp_path / "cached" / "experts" / "0.safetensors").read_bytes() == (latent_run / "experts" / "0.safetensors").read_bytes()
+
+
+def test_a_monolith_is_not_trained_on_part_of_the_data(latent_run, tmp_path):
+    run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("experts", "checkpoints"))
+    shutil.rmtree(run / "shards" / "1")
+    train = ["train_expert.py", "--run", run, "--shard", "all"]
+    refused(*train, "--data.cached", "false", says=["no tars in", "shards/1"])
+    shutil.rmtree(run / "latents" / "0")
+    refused(*train, says=["no tars in", "shards/1", "latents are used where all shards have them"])
 
 
 def test_each_epoch_draws_from_the_posterior_anew(latent_run):
@@ -289,8 +339,31 @@ def test_caching_on_two_ranks_and_after_an_interruption_gives_the_same(latent_ru
     os.remove(run / "latents" / "router" / "00001.tar")
     kept = os.stat(run / "latents" / "router" / "00000.tar").st_mtime_ns
     refused("train_router.py", "--run", run, says=["lacks 1 of 3 tars, 00001.tar", "pretrained.py", "--data.cached false"])
+    (run / "latents" / "router" / "00001.tar.1.tmp").write_bytes(b"torn")
     done = command("pretrained.py", "--run", run, "--shard", "router", "--captions")
     assert same() and "100 samples made now" in done.stdout and os.stat(run / "latents" / "router" / "00000.tar").st_mtime_ns == kept
+    assert not glob.glob(str(run / "latents" / "router" / "*.tmp"))
+
+
+def test_a_cache_of_other_shards_is_not_used(latent_run, tmp_path):
+    run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("experts", "checkpoints"))
+    train, shard = ["train_expert.py", "--run", run, "--shard", 0], run / "shards" / "0" / "00001.tar"
+    with data.TarWriter(str(shard)) as tar:         # a shard that has changed since
+        for name, payload in list(members(latent_run / "shards" / "0").items())[:2]:
+            tar.add(name, payload)
+    refused(*train, says=["latents/0/00001.tar was not made of", "--data.cached false"])
+    done = command("pretrained.py", "--run", run, "--shard", 0, "--captions")
+    assert ": 1 samples made now" in done.stdout.replace("; ", ": ")
+    assert set(members(run / "latents" / "0")) < set(members(latent_run / "latents" / "0"))
+    shutil.copy(run / "latents" / "0" / "00001.tar", run / "latents" / "0" / "surplus.tar")
+    refused(*train, says=["surplus.tar was not made of"])
+    os.remove(run / "latents" / "0" / "surplus.tar")
+    about = json.loads((run / "latents" / "0" / "about.json").read_text())
+    (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"fingerprint": "0123"}))
+    refused(*train, says=["clustering", "'0123'", about["fingerprint"]])
+    refused("pretrained.py", "--run", run, "--shard", 0, "--captions", says=["fingerprint", "'0123'", about["fingerprint"]])
+    (run / "latents" / "0" / "about.json").write_text("{")
+    refused(*train, says=["about.json is damaged"])
 
 
 def test_the_size_that_is_printed_is_the_size_on_disk(latent_run, tmp_path):
@@ -299,6 +372,25 @@ def test_the_size_that_is_printed_is_the_size_on_disk(latent_run, tmp_path):
     count, each = int(text.split(": ")[1].split()[0]), [float(text.split(word)[0].split()[-1]) for word in (" bytes", " of token", " of other")]
     size = sum(os.path.getsize(p) - 1024 for p in glob.glob(str(run / "latents" / "1" / "*.tar")))
     assert each[0] == 512 + 512 and size == pytest.approx(count * sum(each), rel=0.05)
+
+
+def test_a_disk_that_is_too_small_is_said_once_on_all_ranks(latent_run, tmp_path):
+    """Also: the size is measured where there are samples, and the causes of unusable ones are those of all ranks."""
+    run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("latents", "experts", "checkpoints"))
+    with data.TarWriter(str(run / "shards" / "1" / "00000.tar")):
+        pass
+    with data.TarWriter(str(run / "shards" / "1" / "99999.tar")) as tar:
+        tar.add("x.png", b"no picture")
+        tar.add("x.txt", b"a caption")
+    script = tmp_path / "small.py"
+    script.write_text("import os, shutil, sys; sys.path.insert(0, os.getcwd()); import pretrained, common\n"
+                      "from types import SimpleNamespace\n"
+                      "shutil.disk_usage = lambda path: SimpleNamespace(free=100)\n"
+                      "common.script(pretrained.main)\n")
+    done = command(script, "--run", run, "--shard", 1, ranks=2, check=False)
+    assert done.returncode == 1 and done.stderr.count("GB more, the disk has 1e-07 GB left") == 1 and "Connection closed" not in done.stderr
+    done = command("pretrained.py", "--run", run, "--shard", 1, ranks=2)
+    assert "1 left out: undecodable" in done.stdout and " 0 of other members" not in done.stdout
 
 
 def test_samples_are_decoded_pictures_also_where_the_networks_have_moved(latent_run, networks, tmp_path):
@@ -331,7 +423,14 @@ def test_clip_clusters_tiny_latents_and_t5_on_the_fly_and_without_flips(tars, co
     run = tmp_path / "run"
     command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--experts", 1, "--features.name", networks / "clip-image",
             "--autoencoder.name", networks / "tiny-vae", "--text.name", networks / "t5", "--text.length", 20, "--data.flip", "false", ranks=2)
-    assert "CLIPVisionModelWithProjection" in open(run / "clusters.safetensors", "rb").read(2000).decode(errors="replace")
+    about = common.read_clusters(run)
+    assert about["extractor"]["class"] == "CLIPVisionModelWithProjection" and about["networks"]["text"]["weights"].startswith("T5EncoderModel:")
+    torch.manual_seed(1)
+    transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(networks / "clip-image")).save_pretrained(tmp_path / "clip-image")
+    shutil.copytree(run, tmp_path / "copy")
+    text = (run / "config.toml").read_text()
+    (tmp_path / "copy" / "config.toml").write_text(text.replace(str(networks / "clip-image"), str(tmp_path / "clip-image")))
+    refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "copy", says=["made with features of", str(networks), str(tmp_path / "clip-image")])
     done = command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 4)
     assert "latents not cached" in done.stdout
     command("pretrained.py", "--run", run, "--shard", 0)
@@ -339,6 +438,35 @@ def test_clip_clusters_tiny_latents_and_t5_on_the_fly_and_without_flips(tars, co
     done = command("train_expert.py", "--run", run, "--shard", 0)       # goes on on the cache, captions still on the fly
     assert "latents cached in" in done.stdout and "resumed at step 4" in done.stdout
     command("sample.py", "--run", run, "--prompt", "a red circle", "--steps", 2, "--out", run / "out")
+
+
+def test_hub_names_come_from_the_hub_s_cache_and_stay_at_their_commit(tars, config, networks, tmp_path, monkeypatch):
+    """In processes of their own, without a network; what a model was trained with is used again after the hub's main branch has moved."""
+    hub = tmp_path / "hub"
+    monkeypatch.setitem(ENVIRONMENT, "HF_HUB_CACHE", str(hub))
+
+    def publish(name, folder, commit):
+        repository = hub / f"models--someone--{name}"
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+
+    for name in ("vae", "bert", "dinov2"):
+        publish(name, networks / name, "a" * 40)
+    run = tmp_path / "run"
+    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--experts", 1, "--features.name", "someone/dinov2",
+            "--autoencoder.name", "someone/vae", "--text.name", "someone/bert", "--text.length", 20)
+    assert common.read_clusters(run)["extractor"]["revision"] == "a" * 40
+    torch.manual_seed(1)
+    vae().save_pretrained(tmp_path / "other-vae")
+    publish("vae", tmp_path / "other-vae", "b" * 40)
+    command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 2)
+    assert models.read_info(run / "experts" / "0.safetensors")["autoencoder"]["revision"] == "a" * 40
+    command("sample.py", "--run", run, "--prompt", "x", "--steps", 2, "--out", tmp_path / "out")
+    done = command("sample.py", "--run", run, "--prompt", "x", "--autoencoder.name", "someone/vae@" + "b" * 40, check=False)
+    assert done.returncode == 2 and "a" * 40 in done.stderr and "b" * 40 in done.stderr
+    done = command("sample.py", "--run", run, "--prompt", "x", "--autoencoder.name", "someone/none", check=False)
+    assert done.returncode == 2 and "'someone/none' is no folder here and cannot be fetched" in done.stderr.splitlines()[-1]
 
 
 # ---- what does not fit --------------------------------------------------------------------------------------------
@@ -377,7 +505,7 @@ def test_a_wrong_pair_of_networks_is_refused_in_one_line(latent_run, networks, t
         rewrite(file, lambda info: info["autoencoder"].update(name=str(tmp_path / "vae")))
     shutil.rmtree(tmp_path / "vae")
     shutil.copytree(tmp_path / "other-vae", tmp_path / "vae")
-    refused(*say, says=["was made with autoencoder", "weights"])
+    refused(*say, says=["was made with or for autoencoder", "weights"])
     assert not (tmp_path / "out").exists()
 
 
@@ -386,18 +514,21 @@ def test_a_cache_of_other_networks_or_settings_is_refused(latent_run, networks, 
     torch.manual_seed(1)
     vae().save_pretrained(tmp_path / "other-vae")
     train = ["train_expert.py", "--run", run, "--shard", 0]
-    refused(*train, "--autoencoder.name", tmp_path / "other-vae", says=["latents/0", "was made with autoencoder", "/other-vae'"])
-    refused(*train, "--text.name", networks / "t5", says=["latents/0", "was made with text", "/t5'"])
+    refused(*train, "--autoencoder.name", tmp_path / "other-vae", says=["clusters.safetensors", "was made with or for autoencoder", "/other-vae'"])
+    refused(*train, "--text.name", networks / "t5", says=["clusters.safetensors", "was made with or for text", "/t5'"])
     refused(*train, "--text.length", 10, says=["length 20", "length 10"])
-    refused(*train, "--data.size", 16, says=["latents/0", "data.size = 8", "16"])
-    refused(*train, "--data.crop", "random", says=["data.crop", "'random'"])
-    refused("pretrained.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "other-vae", "--captions", says=["was made with autoencoder", "/other-vae'"])
-    refused("pretrained.py", "--run", run, "--shard", 0, says=["was made with text", "delete the folder"])
+    refused(*train, "--data.size", 16, says=["latents/0", "data.size 8, now it is 16"])
+    refused(*train, "--data.crop", "random", says=["data.crop 'center', now it is 'random'"])
+    refused("pretrained.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "other-vae", "--captions", says=["made with or for autoencoder", "/other-vae'"])
+    refused("pretrained.py", "--run", run, "--shard", 0, says=["was made with text", "with or without --captions", "delete"])
+    refused("pretrained.py", "--run", run, "--shard", 0, "--captions", "--autoencoder.precision", "bf16", says=["autoencoder", "fp32", "bf16"])
     about = json.loads((run / "latents" / "0" / "about.json").read_text())
     (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"flip": False}))
-    refused(*train, says=["data.flip = False", "True"])
+    refused(*train, says=["data.flip False, now it is True"])
     (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"autoencoder": about["autoencoder"] | {"name": "another", "weights": "0"}}))
-    refused("train_expert.py", "--run", run, "--shard", "all", says=["different networks", "latents/1", "latents/0", "'another'"])
+    refused(*train, says=["latents/0 was made with autoencoder 'another'", "/vae'"])
+    (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"text": {"name": ""}}))
+    refused("train_expert.py", "--run", run, "--shard", "all", says=["latents/1", "latents/0", "one has token features, the other not"])
 
 
 def test_a_training_does_not_go_on_in_another_latent_space(latent_run, networks, tmp_path):
@@ -405,20 +536,28 @@ def test_a_training_does_not_go_on_in_another_latent_space(latent_run, networks,
     shutil.copytree(networks / "vae", tmp_path / "vae")
     about = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps(about | {"scaling_factor": 0.6}))
-    refused("train_expert.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "vae", says=["autoencoder", "'scale': 0.5", "'scale': 0.6"])
+    refused("train_expert.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "vae", says=["autoencoder", "scale 0.5", "scale 0.6"])
+    # nor where nothing says what the run was meant for, as in runs of earlier versions
+    clusters = safetensors.numpy.load_file(run / "clusters.safetensors")
+    about = {k: v for k, v in common.read_clusters(run).items() if k != "networks"}
+    safetensors.numpy.save_file(clusters, run / "clusters.safetensors", metadata={"nanoddm": json.dumps(about)})
+    refused("train_expert.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "vae", says=["step-00000006", "'scale': 0.5", "'scale': 0.6"])
 
 
 @pytest.mark.parametrize("key", ["features.name", "autoencoder.name", "text.name"])
 def test_a_name_that_cannot_be_fetched(tars, config, tmp_path, key):
     refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, f"--{key}", "someone/some-network",
-            says=[f"{key} = 'someone/some-network'", "cannot be fetched", "offline", f"--{key} DIR"])
+            process=key == "features.name", says=[f"{key} = 'someone/some-network'", "cannot be fetched", "offline", f"--{key} DIR"])
     assert not (tmp_path / "run" / "config.toml").exists()
 
 
 def test_networks_of_the_wrong_kind(tars, config, networks, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
     for key, value, says in (("features.name", networks / "t5", ["'t5'", "dinov2"]), ("autoencoder.name", networks / "t5", ["'t5'", "AutoencoderKL"]),
-                             ("features.name", tmp_path / "empty", ["without config.json"])):
+                             ("features.name", tmp_path / "empty", ["without config.json"]), ("text.name", tmp_path / "damaged", ["is damaged"]),
+                             ("text.name", networks / "dinov2", ["no tokenizer"])):
         refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, f"--{key}", value, says=[key, *says])
     refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--autoencoder.name", networks / "vae", "--data.size", 9,
             says=["data.size = 9 is not a multiple of 2"])
@@ -431,4 +570,12 @@ def test_networks_of_the_wrong_kind(tars, config, networks, tmp_path):
 
 def test_nothing_to_cache(clustered):
     refused("pretrained.py", "--run", clustered, "--shard", 0, says=["nothing to cache", "pixel space"])
-    refused("pretrained.py", "--run", clustered, "--shard", 9, says=["no tars in", "shards/9"])
+    refused("pretrained.py", "--run", clustered, "--shard", 9, says=["no tars in", "shards/9", "0, 1, 2, router"])
+
+
+def test_the_recipes_estimates_are_computed():
+    done = command("bench/estimate.py", "configs/laion.toml", "--images", "1e6", "--image-bytes", "30e3", "--tokens", "20")
+    lines = {line[:40].strip(): line for line in done.stdout.splitlines()}
+    # KEY.lat: one header, one picture, mean and std, 4 x 32 x 32 in f16; and a caption
+    assert "latents, 17.92 kB a picture" in done.stdout and 2 * 4 * 32 * 32 * 2 + 512 + 1024 == 17920
+    assert "162 GFLOPs" in lines["features (DINOv2), once"] and "826M parameters" in done.stdout
