@@ -12,13 +12,13 @@ set -euo pipefail
 DATA=$1 RUN=${2:-runs/emoji}
 cd "$(dirname "$0")/.."
 export CUDA_VISIBLE_DEVICES=
-SPACE=(--data.size 32 --text.length 12 --text.vocab 8192 --model.preset mini/4 --router.preset tiny/4)
+SPACE=(--data.size 32 --text.length 12 --text.vocab 8192 --model.preset mini/4 --router.preset tiny/4 --train.router.steps 120 --train.router.decay 60)
 if [ $# -gt 2 ]; then
-    SPACE=(--data.size 64 --text.length 16 --autoencoder.name "$3" --text.name "$4" --model.preset mini/2 --router.preset tiny/2)
+    SPACE=(--data.size 64 --text.length 16 --autoencoder.name "$3" --text.name "$4" --model.preset mini/2 --router.preset tiny/2
+           --train.router.steps 500 --train.router.decay 250)
 fi
 python cluster.py --data "$DATA" --run "$RUN" --config configs/demo.toml --data.flip false "${SPACE[@]}" \
-    --train.steps 2000 --train.decay 800 --train.batch 128 --train.lr 1e-3 --train.warmup 50 --train.save_every 500 \
-    --train.router.steps 120 --train.router.decay 60
+    --train.steps 2000 --train.decay 800 --train.batch 128 --train.lr 1e-3 --train.warmup 50 --train.save_every 500
 if [ $# -gt 2 ]; then
     for k in 0 1 2 3 router; do python pretrained.py --run "$RUN" --shard $k --captions; done
 fi
