@@ -204,7 +204,8 @@ def find_tars(patterns):
             raise UserError(f"two tars are named {name}.tar: {tars[name]} and {path}; shards are named after them, so rename one")
         tars[name] = path
     if not tars:
-        raise UserError(f"no tar matches --data {' '.join(patterns)}")
+        folder = next((pattern for pattern in patterns if os.path.isdir(os.path.expanduser(pattern))), None)
+        raise UserError(f"no tar matches --data {' '.join(patterns)}" + (f": a folder; did you mean '{os.path.join(folder, '*.tar')}'?" if folder else ""))
     return dict(sorted(tars.items()))
 
 
@@ -273,6 +274,8 @@ def main():
     if os.path.exists(clusters_file):
         clusters = load_file(clusters_file)
     else:
+        if not sum(counts):
+            raise UserError(f"no usable image for data.condition = {config.data.condition}: " + ", ".join(f"{cause}: {n}" for cause, n in bad.items()))
         fine = min(config.cluster.fine, sum(counts) // 39)
         if K > fine:
             raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {config.cluster.fine}, at most a 39th "

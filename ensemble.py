@@ -44,6 +44,8 @@ class Ensemble:
     def __init__(self, run, device, monolith=False):
         self.device, self.loaded, self.router, self.missing = device, {}, None, []
         folder = os.path.join(run, "experts")
+        if not os.path.isdir(run):
+            raise UserError(f"there is no folder {run}: give --run the folder of a trained run")
         if monolith:
             self.paths = {0: os.path.join(folder, "all.safetensors")}
             if not os.path.exists(self.paths[0]):

@@ -40,6 +40,8 @@ def locate(key, name):
         path, revision = os.path.join(folder, "config.json"), None
         if not os.path.exists(path):
             raise UserError(f"{key} = {name!r} is a folder without config.json: give the one that save_pretrained wrote")
+    elif name.startswith(("/", "./", "../", "~")):
+        raise UserError(f"{key} = {name!r}: there is no such folder; give one that save_pretrained wrote, or a hub's name: --{key} NAME")
     else:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import logging

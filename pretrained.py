@@ -71,8 +71,8 @@ class Space:
 
     def _check(self, role, info):
         if (wanted := self.wanted.get(role)) and identity(wanted) != identity(info):
-            raise UserError(f"{self.origin} was made with or for {role} {label(wanted)}, not {label(info)}: where the same network lies elsewhere "
-                            f"on this machine, give it as --{role}.name")
+            raise UserError(f"{self.origin} needs the {role} {label(wanted)}; {label(info)} is another network: give that one, wherever it lies on "
+                            f"this machine, as --{role}.name, or leave the flag out")
 
     def network(self, role):
         """The autoencoder or the text encoder, loaded if it is not yet; None where pixels or word numbers need none."""
@@ -152,7 +152,8 @@ def read_cache(run, shards, config, clusters):
     first = abouts[0]
     for about in abouts[1:]:
         if bool(about["text"]["name"]) != bool(first["text"]["name"]):
-            raise UserError(f"of {about['folder']} and {first['folder']} one has token features, the other not: make both with or without --captions, "
+            without = (first if about["text"]["name"] else about)["folder"]
+            raise UserError(f"{without} was made without --captions, others with: delete it and make it anew with pretrained.py --captions, "
                             f"or train with --data.cached false")
     return first
 
@@ -240,14 +241,15 @@ def main():
              "shapes": [[1 + config.data.flip, 1 + space.posterior, space.channels, space.size, space.size]],
              "autoencoder": space.info["autoencoder"] | {"precision": config.autoencoder.precision},
              "text": space.info["text"] | {"precision": str(dtype_of(config.text.precision, ranks.device))} if args.captions else {"name": ""}}
-    old = _read_about(target) or about | {"tars": {}}
+    old = _read_about(target) or about | {"tars": {}}       # without an old one, as if it were the same
+    if bool(old["text"]["name"]) != args.captions:
+        raise UserError(f"{target} was made with{'' if old['text']['name'] else 'out'} --captions: call it so again, or delete {target} to make it anew")
     for key in about:
         is_network = key in ("autoencoder", "text")
         a, b = (identity(v[key]) | {"precision": v[key].get("precision")} if is_network else v[key] for v in (old, about))
         if a != b:
             shown = [label(v[key]) + f" in {v[key].get('precision')}" if is_network else repr(v[key]) for v in (old, about)]
-            raise UserError(f"{target} was made with {key} {shown[0]}, now it would be {shown[1]}: "
-                            + ("call it as then, with or without --captions, or " if key == "text" else "") + f"delete {target} to make it anew")
+            raise UserError(f"{target} was made with {key} {shown[0]}, now it would be {shown[1]}: delete {target} to make it anew")
 
     mine = list(tars)[ranks.rank::ranks.world]
     counts = torch.zeros(len(tars), dtype=torch.int64)
@@ -273,10 +275,11 @@ def main():
 
     on_rank_0(prepare)
     bad, made = collections.Counter(), 0
-    bar = progress(desc=f"latents/{args.shard}", unit=" images")
+    mine = [name for name in mine if not os.path.exists(os.path.join(target, name))]
+    samples = sum(n for name, n in zip(tars, counts.tolist()) if name in mine)
+    bar = progress(desc=f"latents/{args.shard}, {len(mine)} tars", total=samples, unit=" images")
     for name in mine:
-        if not os.path.exists(os.path.join(target, name)):
-            made += cache_tar(os.path.join(source, name), os.path.join(target, name), space, about, bad, bar)
+        made += cache_tar(os.path.join(source, name), os.path.join(target, name), space, about, bad, bar)
     bar.close()
     every = gather((made, bad))
     if ranks.rank == 0:

@@ -22,13 +22,14 @@ from data import picture_grid
 from ensemble import STRATEGIES, Ensemble, parse_strategy
 
 
-def open_space(team, given, device):
-    """The pretrained.Space that the models of `team` were trained in; --autoencoder.name and --text.name say where its networks are now."""
+def open_space(team, run_config, given, device):
+    """The pretrained.Space that the models of `team` were trained in. Where its networks are now: flags say, or the run's config, or the models."""
     config, info = make_config(given), team.info
     config.data.condition, config.data.size = team.config.condition, team.config.size * info["autoencoder"].get("factor", 1)
     for role in ("autoencoder", "text"):
         if f"{role}.name" not in given:
-            getattr(config, role).name = info[role]["name"]
+            local = getattr(run_config, role).name
+            getattr(config, role).name = local if "weights" in info[role] and local != pretrained.NONE[role] else info[role]["name"]
         elif "weights" not in info[role]:
             raise UserError(f"--{role}.name {given[f'{role}.name']}: {team.path} was trained without a pretrained {role} network")
     config.text.length, config.text.vocab = team.config.length, team.config.vocab
@@ -89,7 +90,7 @@ def main():
 
     device = start(args.device).device
     team = Ensemble(args.run, device, args.monolith)
-    space = open_space(team, given, device)
+    space = open_space(team, config, given, device)
     captions, conditions = read_conditions(args, team.config, space)
     space.forget("text")            # it may be larger than an expert
     space.network("autoencoder")    # the wrong one is refused now, not after the work

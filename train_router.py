@@ -9,6 +9,7 @@ writes  RUN/router.safetensors (averaged weights), RUN/checkpoints/router/, RUN/
 """
 import math
 import os
+import sys
 
 import torch
 
@@ -35,6 +36,9 @@ def main():
         with torch.device("meta"):
             expert, router = (build(c).flops() for c in (training.model_config(config, "model", space), router_config))
         train.steps = math.ceil(0.04 * expert * config.train.steps * config.train.batch / (router * train.batch))
+        if train.steps < 1000 and ranks.rank == 0:
+            print(f"warning: 4% of the experts' training FLOPs are {train.steps} steps of the router, which may be too few to learn anything: "
+                  f"--train.router.steps N gives it more", file=sys.stderr)
 
     state = training.State(args.run, "router", router_config, train, ranks, config, space, clustering=clusters["fingerprint"], images=len(data))
     info = training.describe(config, space, clusters)

@@ -98,6 +98,8 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False):
                         + ("" if about or not config.autoencoder.name or not d.cached else "; latents are used where all shards have them"))
     if ranks.rank == 0 and config.autoencoder.name:
         print(f"latents cached in {', '.join(folders)}" if about else "latents not cached: pictures are encoded at each step (pretrained.py caches them)")
+    if ranks.rank == 0 and space.text_dim and not (about and about["text"]["name"]):
+        print("token features not cached: captions are encoded at each step (pretrained.py --captions caches them)")
     tars = sorted(path for paths in found for path in paths)
     for path in tars[ranks.rank::ranks.world]:      # the ranks share the work of the first time
         index_tar(path)

@@ -43,10 +43,12 @@ def published(name):
         if name == "google/t5-v1_1-xl":
             network = t.T5EncoderModel(t.T5Config(d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32, feed_forward_proj="gated-gelu"))
             return network, lambda: network(input_ids=ids)
-    sys.exit(f"the shape of {name} is not written down here: add it to bench/estimate.py")
+    sys.exit(f"error: the shape of {name} is not written down in bench/estimate.py: add it there, or give the hub's name of one that is")
 
 
 def flops(name):
+    if name in ("pixels", "words", ""):
+        return 0
     network, call = published(name)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad(), torch.device("meta"):
         call()
@@ -54,10 +56,11 @@ def flops(name):
 
 
 class Shape:
-    """What training.model_config asks of a Space, for Stable Diffusion's autoencoder."""
+    """What training.model_config asks of a Space, for pixels or Stable Diffusion's autoencoder."""
 
     def __init__(self, config, text_dim):
-        self.size, self.channels, self.text_dim = config.data.size // 8, 4, text_dim
+        latent = config.autoencoder.name != ""
+        self.size, self.channels, self.text_dim = config.data.size // (8 if latent else 1), 4 if latent else 3, text_dim
 
 
 def main():
@@ -73,28 +76,28 @@ def main():
     args = parser.parse_args()
     config = make_config(read_toml(args.config))
     K, N, text = config.cluster.experts, args.images, config.data.condition == "text"
-    names = config.text.name.split(" + ") if text else []
+    names = config.text.name.split(" + ") if text and config.text.name != "words" else []
     space = Shape(config, sum(published(name)[0].config.hidden_size for name in names))
     with torch.device("meta"):
         expert = models.build(training.model_config(config, "model", space))
         router = models.build(training.model_config(config, "router", space, K))
     in_tar = lambda size: 512 + -(-size // 512) * 512
     flips = 1 + config.data.flip
-    latents = in_tar(flips * 2 * space.channels * space.size ** 2 * 2) + args.other_bytes
-    tokens = in_tar(args.tokens * space.text_dim * 2) if text else 0
+    latents = in_tar(flips * 2 * space.channels * space.size ** 2 * 2) + args.other_bytes if config.autoencoder.name else 0
+    tokens = in_tar(args.tokens * space.text_dim * 2) if names else 0
     picture = in_tar(args.image_bytes) + args.other_bytes
     in_router = min(N, config.cluster.router_images)
     TB = 1e12
     print(f"{args.config}: {N / 1e6:.4g}M pictures of {args.image_bytes / 1e3:.4g} kB on average, {K} nodes of {args.gpus} GPUs at {args.tflops:g} TFLOP/s each\n")
     print("disk, TB                         clustering node   expert's node (on average)   router's node")
     for what, a, b, c in (("pictures as downloaded", N * picture, 0, 0), ("shards, all / its own / router", (N + in_router) * picture, N / K * picture, in_router * picture),
-                          ("features", N * (2 * published(config.features.name)[0].config.hidden_size + 16), 0, 0), (f"latents, {latents / 1e3:.4g} kB a picture", 0, N / K * latents, in_router * latents),
+                          ("features", N * (2 * (256 if config.features.name == "pixels" else published(config.features.name)[0].config.hidden_size) + 16), 0, 0), (f"latents, {latents / 1e3:.4g} kB a picture", 0, N / K * latents, in_router * latents),
                           (f"token features, {tokens / 1e3:.4g} kB", 0, N / K * tokens, in_router * tokens)):
         print(f"{what:32s} {a / TB:12.3f} {b / TB:20.3f} {c / TB:22.3f}")
     train, batch = config.train, config.train.batch
     rows = [("features (DINOv2), once", flops(config.features.name) * N, f"{flops(config.features.name) / 1e9:.0f} GFLOPs a picture"),
             ("latents of an expert's shard, once", flops(config.autoencoder.name) * N / K * flips, f"{flops(config.autoencoder.name) / 1e9:.0f} GFLOPs a picture, {flips} of each")]
-    if text:
+    if names:
         rows.append(("captions of an expert's shard, once", sum(map(flops, names)) * N / K, f"{sum(map(flops, names)) / 1e9:.0f} GFLOPs a caption"))
     images = train.steps * batch / K
     step = 3 * expert.flops()

@@ -63,7 +63,7 @@ def test_a_shard_that_does_not_exist(clustered):
 def test_a_run_that_does_not_exist(tmp_path):
     refused("train_expert.py", "--run", tmp_path / "none", "--shard", 0, says=["no run at", "cluster.py"])
     refused("train_router.py", "--run", tmp_path / "none", says=["no run at", "cluster.py"])
-    refused("sample.py", "--run", tmp_path / "none", "--prompt", "x", says=["no expert in", "train_expert.py"])
+    refused("sample.py", "--run", tmp_path / "none", "--prompt", "x", says=["there is no folder", "--run"])
     assert not (tmp_path / "none").exists()
 
 

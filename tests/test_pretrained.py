@@ -412,7 +412,8 @@ def test_samples_are_decoded_pictures_also_where_the_networks_have_moved(latent_
         info["autoencoder"]["name"], info["text"]["name"] = "/elsewhere/vae", "/elsewhere/clip + /elsewhere/clip-2"
         info.pop("model")
         models.save(path, network.config, network.state_dict(), **info)
-    refused("sample.py", "--run", run, *flags, "--out", tmp_path / "b", says=["text.name = '/elsewhere/clip'", "--text.name DIR"])
+    os.remove(run / "config.toml")      # which says where they are
+    refused("sample.py", "--run", run, *flags, "--out", tmp_path / "b", says=["text.name = '/elsewhere/clip'", "no such folder", "--text.name"])
     command("sample.py", "--run", run, *flags, "--out", tmp_path / "b", "--autoencoder.name", tmp_path / "moved" / "vae",
             "--text.name", f"{tmp_path / 'moved' / 'clip'} + {tmp_path / 'moved' / 'clip-2'}")
     again = [np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(str(tmp_path / "b" / "0*.png")))]
@@ -432,7 +433,7 @@ def test_clip_clusters_tiny_latents_and_t5_on_the_fly_and_without_flips(tars, co
     (tmp_path / "copy" / "config.toml").write_text(text.replace(str(networks / "clip-image"), str(tmp_path / "clip-image")))
     refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "copy", says=["made with features of", str(networks), str(tmp_path / "clip-image")])
     done = command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 4)
-    assert "latents not cached" in done.stdout
+    assert "latents not cached" in done.stdout and "token features not cached" in done.stdout
     command("pretrained.py", "--run", run, "--shard", 0)
     assert json.loads((run / "latents" / "0" / "about.json").read_text())["shapes"] == [[1, 1, 4, 4, 4]]
     done = command("train_expert.py", "--run", run, "--shard", 0)       # goes on on the cache, captions still on the fly
@@ -500,12 +501,13 @@ def test_a_wrong_pair_of_networks_is_refused_in_one_line(latent_run, networks, t
         refused(*say, says=["1.safetensors", "do not fit together", role, "'another'", str(networks), *words])
         path.write_bytes(before)
     # the same name, but other weights behind it now
+    os.remove(run / "config.toml")
     shutil.copytree(networks / "vae", tmp_path / "vae")
     for file in (*glob.glob(str(run / "experts" / "*")), run / "router.safetensors"):
         rewrite(file, lambda info: info["autoencoder"].update(name=str(tmp_path / "vae")))
     shutil.rmtree(tmp_path / "vae")
     shutil.copytree(tmp_path / "other-vae", tmp_path / "vae")
-    refused(*say, says=["was made with or for autoencoder", "weights"])
+    refused(*say, says=["needs the autoencoder", "weights"])
     assert not (tmp_path / "out").exists()
 
 
@@ -514,13 +516,13 @@ def test_a_cache_of_other_networks_or_settings_is_refused(latent_run, networks, 
     torch.manual_seed(1)
     vae().save_pretrained(tmp_path / "other-vae")
     train = ["train_expert.py", "--run", run, "--shard", 0]
-    refused(*train, "--autoencoder.name", tmp_path / "other-vae", says=["clusters.safetensors", "was made with or for autoencoder", "/other-vae'"])
-    refused(*train, "--text.name", networks / "t5", says=["clusters.safetensors", "was made with or for text", "/t5'"])
+    refused(*train, "--autoencoder.name", tmp_path / "other-vae", says=["clusters.safetensors", "needs the autoencoder", "/other-vae'"])
+    refused(*train, "--text.name", networks / "t5", says=["clusters.safetensors", "needs the text", "/t5'"])
     refused(*train, "--text.length", 10, says=["length 20", "length 10"])
     refused(*train, "--data.size", 16, says=["latents/0", "data.size 8, now it is 16"])
     refused(*train, "--data.crop", "random", says=["data.crop 'center', now it is 'random'"])
-    refused("pretrained.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "other-vae", "--captions", says=["made with or for autoencoder", "/other-vae'"])
-    refused("pretrained.py", "--run", run, "--shard", 0, says=["was made with text", "with or without --captions", "delete"])
+    refused("pretrained.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "other-vae", "--captions", says=["needs the autoencoder", "/other-vae'"])
+    refused("pretrained.py", "--run", run, "--shard", 0, says=["was made with --captions", "delete"])
     refused("pretrained.py", "--run", run, "--shard", 0, "--captions", "--autoencoder.precision", "bf16", says=["autoencoder", "fp32", "bf16"])
     about = json.loads((run / "latents" / "0" / "about.json").read_text())
     (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"flip": False}))
@@ -528,7 +530,7 @@ def test_a_cache_of_other_networks_or_settings_is_refused(latent_run, networks, 
     (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"autoencoder": about["autoencoder"] | {"name": "another", "weights": "0"}}))
     refused(*train, says=["latents/0 was made with autoencoder 'another'", "/vae'"])
     (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"text": {"name": ""}}))
-    refused("train_expert.py", "--run", run, "--shard", "all", says=["latents/1", "latents/0", "one has token features, the other not"])
+    refused("train_expert.py", "--run", run, "--shard", "all", says=["latents/0 was made without --captions", "delete"])
 
 
 def test_a_training_does_not_go_on_in_another_latent_space(latent_run, networks, tmp_path):
