@@ -263,7 +263,7 @@ def main():
               f"members: {samples * sum(each) / 1e9:.3g} GB, {sum(each) / 1e3:.3g} GB per million images", flush=True)
         os.makedirs(target, exist_ok=True)
         for name in _tars(target):
-            if old["tars"].get(name) != tars.get(name):     # of a shard that has changed since
+            if name not in tars or old["tars"].get(name) != tars[name]:     # of a shard that is gone or has changed since
                 os.remove(os.path.join(target, name))
         for torn in glob.glob(os.path.join(glob.escape(target), "*.tmp")):     # of a call that was killed
             os.remove(torn)
@@ -276,8 +276,8 @@ def main():
     on_rank_0(prepare)
     bad, made = collections.Counter(), 0
     mine = [name for name in mine if not os.path.exists(os.path.join(target, name))]
-    samples = sum(n for name, n in zip(tars, counts.tolist()) if name in mine)
-    bar = progress(desc=f"latents/{args.shard}, {len(mine)} tars", total=samples, unit=" images")
+    samples = dict(zip(tars, counts.tolist()))
+    bar = progress(desc=f"latents/{args.shard}, {len(mine)} tars", total=sum(samples[name] for name in mine), unit=" images")
     for name in mine:
         made += cache_tar(os.path.join(source, name), os.path.join(target, name), space, about, bad, bar)
     bar.close()
