@@ -238,6 +238,8 @@ def main():
     clusters_file = os.path.join(args.run, "clusters.safetensors")
     if os.path.exists(clusters_file):
         old = read_metadata(clusters_file)
+        if not isinstance(old["extractor"], dict):
+            raise UserError(f"{clusters_file} is from an earlier version of this project, which named its features otherwise: use another --run")
         if old["inputs"] != inputs:
             raise UserError(f"{args.run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another --run")
     elif glob.glob(os.path.join(glob.escape(args.run), "shards", "*", "*.tar")):

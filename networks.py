@@ -235,8 +235,7 @@ def text_info(settings):
         except Exception as error:
             raise UserError(f"text.name = {name!r} is not a network that transformers knows ({_cause(error)})") from None
         dims.append(about.get_text_config().hidden_size)
-    return parts, {"name": settings.name, "revision": " + ".join(revision or "-" for *_, revision in parts),
-                   "dim": sum(dims),
+    return parts, {"name": settings.name, "revision": " + ".join(revision or "-" for *_, revision in parts), "dim": sum(dims),
                    "length": settings.length, "layer": settings.layer, "precision": settings.precision}
 
 

@@ -2,6 +2,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import tomllib
 from unittest import mock
 
 import pytest
+import safetensors.numpy
 from conftest import ROOT, command
 
 import common
@@ -137,6 +139,13 @@ def test_a_config_that_was_edited_after_clustering(tars, clustered, tmp_path):
         before = listing(run / "shards")
         refused("cluster.py", "--data", tars / "*.tar", "--run", run, says=["other [cluster] settings"])
         assert listing(run / "shards") == before
+
+
+def test_clusters_of_an_earlier_version(tars, clustered, tmp_path):
+    run = shutil.copytree(clustered, tmp_path / "run")
+    path, about = run / "clusters.safetensors", common.read_clusters(run)
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, metadata={"nanoddm": json.dumps(about | {"extractor": "pixels: a thumbnail"})})
+    refused("cluster.py", "--data", tars / "*.tar", "--run", run, says=["clusters.safetensors is from an earlier version", "--run"])
 
 
 def test_a_partition_whose_clusters_are_gone(tars, clustered, tmp_path):

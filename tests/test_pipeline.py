@@ -338,6 +338,7 @@ def test_router_s_default_length_is_4_percent_of_the_training_flops(clustered, t
     router = models.Router(models.ModelConfig(8, 3, 32, 1, 2, 2, "text", vocab=64, length=4, clusters=3)).flops() * 24
     steps = int(rows(run, "router")[-1]["step"])
     assert steps == -(-0.04 * expert // router) and f"{steps} steps" in done.stdout
+    assert f"are {steps} steps of the router, which may be too few" in done.stderr
 
 
 def test_too_many_unreadable_samples_stop_the_training(clustered, tmp_path):
