@@ -78,6 +78,7 @@ CONFIG = {
     },
     "flow": {
         "objective": ("velocity", "what an expert predicts", ("velocity", "x0", "eps")),
+        "path": ("linear", "from data to noise, when an expert trains: rectified flow, or a variance-preserving schedule", ("linear", "cosine", "ddpm")),
         "time": ("uniform", "density of t when an expert trains (the router's is uniform always)", ("uniform", "logit-normal")),
         "shift": (1.0, "t' = shift t / (1 + (shift - 1) t), when an expert trains and when sampling"),
     },
@@ -101,9 +102,19 @@ CONFIG = {
     "train.router": {},     # what differs from [train] when the router trains; filled in below
     "sample": {
         "steps": (50, "steps of the solver"),
+        "solver": ("euler", "first order; second order with two forwards a step; second order with one", ("euler", "heun", "ab2")),
+        "shift": (0.0, "t' = shift t / (1 + (shift - 1) t) of the solver's times (0: as the experts were trained)"),
         "cfg": (4.0, "guidance scale w in v_u + w (v_c - v_u); 1: none"),
-        "strategy": ("top-1", "top-K, full or once: which experts make a step"),
-        "solver": ("euler", "one forward a step, or two", ("euler", "heun")),
+        "cfg_low": (0.0, "guidance from this t"),
+        "cfg_high": (1.0, "to this; outside, the conditional branch alone"),
+        "cfg_routing": ("shared", "the conditional branch's experts make both branches, or each branch asks the router for its own", ("shared", "own")),
+        "strategy": ("top-1", "which experts make a step: full, top-N, sample-N, threshold-P, nucleus-P, once or oracle-N"),
+        "router_temperature": (1.0, "the router's logits are divided by it"),
+        "route_every": (1, "forwards that one answer of the router is used for"),
+        "route_epsilon": (0.001, "with route_every > 1: an expert with at least 1 - epsilon is kept to the end, the router not asked again (0: never)"),
+        "resident": (0, "experts on the device at most; 0: all that are used"),
+        "precision": ("auto", "of the weights. auto: bf16 on a GPU, fp32 on a CPU", ("auto", "bf16", "fp32")),
+        "compile": (False, "torch.compile the models' blocks: a minute at first, for long runs"),
     },
 }
 CONFIG["train.router"] = {key: (None, f"{entry[1]} ([train]'s if not given)", *entry[2:]) for key, entry in CONFIG["train"].items()}
@@ -113,7 +124,8 @@ CONFIG["train.router"]["steps"] = (0, "optimiser steps (0: so many that the rout
 # the least value of a number, where it is not 0
 LEAST = {"data.size": 1, "data.classes": 1, "data.run": 1, "data.workers": -1, "features.batch": 1, "cluster.experts": 1, "cluster.fine": 1,
          "cluster.router_images": 1, "text.length": 1, "text.vocab": 2, "flow.shift": 0.01, "train.steps": 1, "train.batch": 1,
-         "train.log_every": 1, "train.save_every": 1, "train.router.steps": 0, "sample.steps": 1}
+         "train.log_every": 1, "train.save_every": 1, "train.router.steps": 0, "sample.steps": 1, "sample.router_temperature": 1e-6,
+         "sample.route_every": 1}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -235,7 +247,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(doc, tables, run=True):
-    """A parser with --run, --device and a flag for each key of the config's `tables`; its help is the script's docstring."""
+    """A parser with --run, --device and a flag for each key of the config's `tables`; its help is the script's docstring.
+
+    Keys of [sample] have a short form: --route-every is --sample.route_every.
+    """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     if run:
         parser.add_argument("--run", default="runs/ddm", metavar="DIR", help="the run's folder (default: runs/ddm)")
@@ -245,7 +260,8 @@ def make_parser(doc, tables, run=True):
         for key, (default, meaning, *choices) in CONFIG[table].items():
             allowed = f" {' | '.join(c or repr(c) for c in choices[0])}" if choices else ""
             shown = "" if default is None else f" (default: {default!r})"
-            group.add_argument(f"--{table}.{key}", metavar="X", help=f"{meaning}{allowed}{shown}".replace("%", "%%"))
+            short = [f"--{key.replace('_', '-')}"] if table == "sample" else []
+            group.add_argument(*short, f"--{table}.{key}", dest=f"{table}.{key}", metavar="X", help=f"{meaning}{allowed}{shown}".replace("%", "%%"))
     return parser
 
 

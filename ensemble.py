@@ -1,9 +1,14 @@
 """The experts and the router of a run as one velocity function: eqs. 7-8 of the paper, from files.
 
-    team = Ensemble("runs/demo", device)                                # or monolith=True: experts/all.safetensors alone
-    velocity, used = team.velocity(c, cfg=4, strategy="top-1", u=u)     # c the condition, u [B] uniform numbers for `once`
+    team = Ensemble("runs/demo", device)                        # or monolith=True: experts/all.safetensors alone
+    settings = make_config({"sample.strategy": "top-2"}).sample
+    velocity = team.velocity(settings, c)                       # c: the condition [B,...] or None
     *_, x_0 = flow.integrate(velocity, eps, flow.time_grid(50))
+    velocity.used, team.forwards, team.flops()                  # who drew what, and what it cost
+
+A batch is grouped by expert: each runs once, on the samples that chose it, both branches of guidance together.
 """
+import collections
 import glob
 import os
 import re
@@ -16,19 +21,17 @@ import model as models
 import networks
 from common import UserError
 
-STRATEGIES = "top-K (top-1, top-2, ...), full or once"
 
-
-def parse_strategy(text):
-    """'top-1' | 'full' | 'once' | ... -> (name, number of experts or 0)."""
-    match = re.fullmatch(r"(top)-([1-9]\d*)|(full|once)", text)
-    if not match:
-        raise UserError(f"strategy {text!r} is not one of {STRATEGIES}")
-    return (match[1], int(match[2])) if match[1] else (match[3], 0)
+def check_strategy(text):
+    """flow.parse_strategy with a UserError."""
+    try:
+        return flow.parse_strategy(text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _must_agree(info):
-    """What all models that are used together must have in common."""
+    """What all models that are used together must have in common. Size, objective and path are each expert's own."""
     model = info["model"]
     shape = {key: repr(model[key]) for key in ("size", "channels", "condition", "classes", "vocab", "text_dim", "length")}
     return {"clustering (fingerprint)": repr(info["fingerprint"]), **shape}
@@ -37,12 +40,17 @@ def _must_agree(info):
 class Ensemble:
     """Finds the models of a run, checks that they fit together, and loads an expert when it is first needed.
 
-    K is the number of clusters; missing lists those without an expert: left out, the others' weights renormalised.
-    info is what the first model's file, `path`, says. UserError if nothing can be sampled from, or models differ in what they must have in common.
+    K is the number of clusters; missing lists those without a readable expert: left out, the others' weights renormalised
+    (require_all: a UserError). resident: experts on the device at most, 0 for all; the one that was used longest ago makes room.
+    precision: auto (bf16 on a GPU, fp32 elsewhere), bf16 or fp32, of the weights; compile: torch.compile the blocks.
+    info is what the first model's file, `path`, says. forwards counts samples through each expert and "router".
+    UserError if nothing can be sampled from, or models differ in what they must have in common.
     """
 
-    def __init__(self, run, device, monolith=False):
-        self.device, self.loaded, self.router, self.missing = device, {}, None, []
+    def __init__(self, run, device, monolith=False, resident=0, precision="auto", compile=False, require_all=False):
+        self.run, self.device, self.resident, self.compile = run, device, resident, compile
+        self.dtype, self.forwards, self.router = networks.dtype_of(precision, device), collections.Counter(), None
+        self.loaded, self.cost, self.loads = {}, {}, 0      # loaded: the experts on the device, the one used last at the end
         folder = os.path.join(run, "experts")
         if not os.path.isdir(run):
             raise UserError(f"there is no folder {run}: give --run the folder of a trained run")
@@ -55,24 +63,23 @@ class Ensemble:
             self.paths = {int(m[1]): os.path.join(folder, m[0]) for m in sorted(filter(None, found), key=lambda m: int(m[1]))}
             if not self.paths:
                 raise UserError(f"no expert in {folder}: train one with train_expert.py --run {run} --shard 0")
-        self.infos = {k: _info(path) for k, path in self.paths.items()}
-        self.K, checked = 1, dict(zip(self.paths.values(), self.infos.values()))
-        if not monolith:
-            router = os.path.join(run, "router.safetensors")
-            if os.path.exists(router):
-                checked[router] = _info(router)
-                self.K = checked[router]["model"]["clusters"]
-                self.router = models.load(router, device)[0]
-            elif len(self.paths) > 1:
-                raise UserError(f"{router} is missing: train it with train_router.py --run {run}, or copy it there")
-            else:       # a single expert needs nobody to choose it
-                self.K = max(self.paths) + 1
-            self.missing = [k for k in range(self.K) if k not in self.paths]
+        self.infos, unreadable = {}, {}
+        for k, path in self.paths.items():
+            try:
+                self.infos[k] = _info(path)
+            except UserError as error:
+                unreadable[k] = str(error)
+        if len(unreadable) == len(self.paths):
+            raise UserError(next(iter(unreadable.values())))
+        self.K = max(self.paths) + 1        # without a router to say how many clusters there are
+        self.paths = {k: path for k, path in self.paths.items() if k not in unreadable}
+        checked = {path: self.infos[k] for k, path in self.paths.items()}
+        router = os.path.join(run, "router.safetensors")
+        if not monolith and os.path.exists(router):
+            checked[router] = _info(router)
+            self.K = checked[router]["model"]["clusters"]
             if foreign := [p for k, p in self.paths.items() if k >= self.K]:
                 raise UserError(f"{foreign[0]} does not belong to {router}, which knows {self.K} clusters")
-            if self.missing:
-                print(f"warning: no expert for clusters {', '.join(map(str, self.missing))} of {self.K}: left out, "
-                      f"the weights of the others renormalised", file=sys.stderr)
         first = next(iter(checked))
         wanted = _must_agree(checked[first])
         for path, info in checked.items():
@@ -84,48 +91,152 @@ class Ensemble:
                 if networks.identity(a) != networks.identity(b):
                     raise UserError(f"{path} and {first} do not fit together: {role} {networks.label(a)} / {networks.label(b)}")
         self.config, self.info, self.path = models.ModelConfig(**checked[first]["model"]), checked[first], first
+        self.missing = [k for k in range(self.K) if k not in self.paths]
+        if self.missing:
+            why = "; ".join(unreadable.values())
+            text = (f"no {'usable ' if why else ''}expert for cluster{'s' * (len(self.missing) > 1)} {', '.join(map(str, self.missing))} of {self.K}"
+                    + (f" ({why})" if why else ""))
+            if require_all:
+                raise UserError(f"{text}: copy what is missing to {folder}, or go on with the others without --require-all")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warning: {text}: left out, the weights of the others renormalised", file=sys.stderr)
+        if router in checked and len(self.paths) > 1:       # a single expert needs nobody to choose it
+            self.router = self._load(router, "router")
+
+    def _load(self, path, name):
+        try:
+            model = models.load(path, self.device, self.dtype)[0]
+        except ValueError as error:
+            raise UserError(str(error), local=True) from None
+        self.cost[name] = model.flops()
+        if self.compile:        # all blocks of a shape share one graph
+            for block in model.blocks:
+                block.compile(dynamic=True)
+        return model
 
     def expert(self, k):
+        """Expert k, loaded if it is not on the device."""
         if k not in self.loaded:
-            self.loaded[k] = models.load(self.paths[k], self.device)[0]
+            while 0 < self.resident <= len(self.loaded):
+                del self.loaded[next(iter(self.loaded))]
+            self.loaded[k], self.loads = self._load(self.paths[k], k), self.loads + 1
+        self.loaded[k] = self.loaded.pop(k)
         return self.loaded[k]
 
-    def route(self, x_t, t, c):
-        """p(k | x_t, t, c) [B,K] over the experts that are there (eq. 5, renormalised)."""
+    def route(self, x_t, t, c, temperature=1.0):
+        """p(k | x_t, t, c) [B,K] over the experts that are there (eq. 5, tempered and renormalised)."""
         if len(self.paths) == 1:
-            return torch.eye(self.K, device=x_t.device)[[next(iter(self.paths))] * len(x_t)]
-        logits = self.router(x_t, t, c).float()
+            return torch.eye(self.K, device=x_t.device)[[*self.paths] * len(x_t)]
+        self.forwards["router"] += len(x_t)
+        logits = self.router(x_t.to(self.dtype), t, c).float() / temperature
         logits[:, self.missing] = float("-inf")
         return logits.softmax(1)
 
-    def expert_velocity(self, k, x_t, t, c, cfg):
-        """Expert k's velocity on x_t [B,C,S,S], t [B]; with guidance, both branches in one batch."""
-        objective = self.infos[k]["objective"]
-        if c is None or cfg == 1:
-            return flow.to_velocity(self.expert(k)(x_t, t, c), x_t, t, objective)
-        x, tt = torch.cat([x_t, x_t]), torch.cat([t, t])
-        out = self.expert(k)(x, tt, torch.cat([c, models.null_condition(self.config, c)]))
-        return flow.guide(*flow.to_velocity(out, x, tt, objective).chunk(2), cfg)
+    def expert_velocity(self, k, x_t, t, c):
+        """Expert k's velocity on x_t [B,C,S,S], t [B], without guidance, whatever it was trained to predict."""
+        model, info = self.expert(k), self.infos[k]
+        self.forwards[k] += len(x_t)
+        return flow.predict_velocity(lambda x, t, c: model(x.to(self.dtype), t, c), x_t, t, c, info["objective"], info.get("path", "linear"),
+                                     networks.bound(info["autoencoder"]))
 
-    def velocity(self, c, cfg, strategy, u):
-        """-> (velocity(x_t, time), used). One routing decision, for the conditional branch, serves both branches of guidance.
+    def flops(self):
+        """FLOPs of all forwards so far (a multiply-add is two)."""
+        return sum(count * self.cost[name] for name, count in self.forwards.items())
 
-        c: condition [B,...] or None; u [B]: uniform numbers that `once` draws by; used [B,K]: weights, added up over the calls.
+    def check(self, settings):
+        """UserError if this ensemble cannot be sampled from with `settings`, [sample] of a config."""
+        name, number = check_strategy(settings.strategy)
+        if name in ("top", "sample") and number > self.K or name == "oracle" and number not in self.paths:
+            raise UserError(f"strategy {settings.strategy!r}: there are {self.K} clusters, with experts for {', '.join(map(str, self.paths))}")
+        if name != "oracle" and self.router is None and len(self.paths) > 1:
+            raise UserError(f"{self.run}/router.safetensors is missing: train it with train_router.py --run {self.run}, or copy it there")
+
+    def shift(self, settings):
+        """The shift of the solver's times: the settings', or the one that the experts were trained with. UserError if that differs."""
+        shifts = {k: info["shift"] for k, info in self.infos.items()}
+        if not settings.shift and len(set(shifts.values())) > 1:
+            raise UserError(f"the experts were trained with different shifts ({', '.join(f'{k}: {s}' for k, s in shifts.items())}): say which with --shift")
+        return settings.shift or next(iter(shifts.values()))
+
+    def velocity(self, settings, c=None, c_null=None, u=None, labels=None):
+        """-> Velocity along one batch's path.
+
+        settings: [sample] of a config. c: condition [B,...] or None. c_null: what guidance leads away from (None: no condition; else a
+        negative prompt). u [B,R,K]: uniform numbers for strategies that draw, R for the calls of the velocity (once: 1). labels [B]: the
+        expert of each sample, in place of the router.
         """
-        name, k = parse_strategy(strategy)
-        used, weights = torch.zeros(len(u), self.K, device=self.device), None
+        return Velocity(self, settings, c, c_null, u, labels)
 
-        @torch.inference_mode()
-        def velocity(x_t, time):
-            nonlocal weights
-            t = torch.full((len(x_t),), time, device=x_t.device)
-            if name != "once" or weights is None:       # once: the answer at t = 1, for the whole path
-                p = self.route(x_t, t, c)
-                weights = flow.draw(p, u) if name == "once" else p if name == "full" else flow.top_k(p, k)
-            used.add_(weights)
-            return flow.ensemble(weights, lambda k, x, tt, cc: self.expert_velocity(k, x, tt, cc, cfg), x_t, t, c)
 
-        return velocity, used
+class Velocity:
+    """velocity(x_t [B,C,S,S], time float) -> v: the ensemble under one strategy, guided. Calls must follow one path from t = 1 on.
+
+    used [B,K]: the weights of the experts (of the conditional branch), added up over the calls; weights [B,K]: the last call's.
+    """
+
+    def __init__(self, team, settings, c, c_null, u, labels):
+        if labels is None:
+            team.check(settings)
+            name, number = flow.parse_strategy(settings.strategy)
+            if name == "oracle" or len(team.paths) == 1:
+                labels = number if name == "oracle" else next(iter(team.paths))
+            elif u is None and name in ("sample", "nucleus", "once"):
+                raise ValueError(f"strategy {settings.strategy} draws: give it u")
+        self.team, self.settings, self.c, self.calls, self.used = team, settings, c, 0, 0
+        self.c_null = models.null_condition(team.config, c) if c_null is None else c_null
+        self.route = _Route(team, settings, c, u, labels)
+        own = settings.cfg_routing == "own" and not self.route.kept
+        self.route_null = _Route(team, settings, self.c_null, u, labels) if own else None
+
+    @torch.inference_mode()
+    def __call__(self, x_t, time):
+        s, t = self.settings, torch.full((len(x_t),), time, device=x_t.device)
+        guided = self.c is not None and s.cfg != 1 and s.cfg_low <= time <= s.cfg_high
+        self.weights = w = self.route(x_t, t, self.calls)
+        self.used = self.used + w
+        c = self.c
+        if guided:      # both branches as one batch of 2B
+            w_null = self.route_null(x_t, t, self.calls) if self.route_null else w
+            x_t, t, c, w = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, self.c_null]), torch.cat([w, w_null])
+        self.calls += 1
+        # experts on the device go first, before others take their place
+        order = sorted(range(self.team.K), key=lambda k: k not in self.team.loaded)
+        v = flow.ensemble(w, self.team.expert_velocity, x_t, t, c, order=order)
+        return flow.guide(*v.chunk(2), s.cfg) if guided else v
+
+
+class _Route:
+    """The experts of one branch of a batch along its path. kept: decided once for the whole path."""
+
+    def __init__(self, team, settings, c, u, labels):
+        self.team, self.settings, self.c, self.u, self.p, self.weights = team, settings, c, u, None, None
+        self.strategy = ("oracle", labels) if labels is not None else flow.parse_strategy(settings.strategy)
+        self.kept = self.strategy[0] in ("oracle", "once")
+
+    def __call__(self, x_t, t, call):
+        """-> weights [B,K] for the velocity's call number `call`, 0 at t = 1."""
+        name, number = self.strategy
+        if self.kept and self.weights is not None:
+            return self.weights
+        if name == "oracle":
+            k = torch.as_tensor(number, device=x_t.device).expand(len(x_t))
+            self.weights = torch.nn.functional.one_hot(k, self.team.K).to(x_t)
+            return self.weights
+        if self.p is None:
+            self.p = torch.zeros(len(x_t), self.team.K, device=x_t.device)
+            self.open, ask = torch.arange(len(x_t), device=x_t.device), True        # the samples that still ask the router
+        else:
+            ask = call % self.settings.route_every == 0
+        if ask and len(self.open):
+            rows = self.open
+            p = self.team.route(x_t[rows], t[rows], None if self.c is None else self.c[rows], self.settings.router_temperature)
+            if self.settings.route_every > 1 and self.settings.route_epsilon:
+                sure = p.max(1).values >= 1 - self.settings.route_epsilon
+                p = torch.where(sure[:, None], flow.top_k(p, 1), p)
+                self.open = rows[~sure]
+            self.p[rows] = p
+        self.weights = flow.choose(self.strategy, self.p, None if self.u is None else self.u[:, 0 if name == "once" else call])
+        return self.weights
 
 
 def _info(path):

@@ -1,11 +1,14 @@
-"""The mathematics: path, targets, losses, guidance, the ensemble, solvers. Equation numbers are of arXiv 2501.05450.
+"""The mathematics: paths, targets, losses, strategies, guidance, solvers. Equation numbers are of arXiv 2501.05450.
 
 Time runs from data (t = 0) to noise (t = 1) on the linear path of rectified flow:
 
     x_t = (1 - t) x_0 + t eps,      v = d x_t / d t = eps - x_0,      eps ~ N(0, I).
 
-Shapes: x_0, x_t, eps, v are [B,C,H,W] (any trailing shape will do), t is [B], routing weights are [B,K].
+Router and sampling know this path alone. An expert may have been trained on another one, or to predict eps or x_0: predict_velocity
+translates. Shapes: x_0, x_t, eps, v are [B,C,H,W] (any trailing shape will do), t is [B], router probabilities and weights are [B,K].
 """
+import re
+
 import torch
 import torch.nn.functional as F
 
@@ -17,10 +20,36 @@ def expand(t, x):
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
-def interpolate(x_0, eps, t):
-    """The path: x_t = (1 - t) x_0 + t eps."""
-    t = expand(t, x_0)
-    return (1 - t) * x_0 + t * eps
+# ---- paths ----------------------------------------------------------------------------------------------------------
+
+def alpha_sigma(path, t):
+    """The path x_t = alpha x_0 + sigma eps at its own time t [B] -> alpha [B], sigma [B].
+
+    linear: 1 - t and t. The others preserve variance, alpha^2 + sigma^2 = 1. cosine: an angle of pi t / 2 (Nichol & Dhariwal 2021,
+    without their offset). ddpm: beta from 0.1 to 20, linear in t, which is Ho et al.'s 1e-4 to 0.02 in 1000 steps (Song et al. 2021, app. C).
+    """
+    if path == "linear":
+        return 1 - t, t
+    if path == "cosine":
+        return torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)
+    log_alpha2 = -(0.1 * t + 9.95 * t * t)
+    return torch.exp(log_alpha2 / 2), torch.sqrt(-torch.expm1(log_alpha2))
+
+
+def same_snr(path, t):
+    """The time [B] at which `path` has the signal-to-noise ratio alpha / sigma that the linear path has at t [B]."""
+    if path == "linear":
+        return t
+    if path == "cosine":
+        return torch.atan2(t, 1 - t) * 2 / torch.pi
+    minus_log_alpha2 = torch.log1p((t / (1 - t).clamp(min=1e-8)).square())
+    return ((torch.sqrt(0.01 + 4 * 9.95 * minus_log_alpha2) - 0.1) / (2 * 9.95)).clamp(max=1)       # ddpm ends a little short of pure noise
+
+
+def interpolate(x_0, eps, t, path="linear"):
+    """x_t = alpha x_0 + sigma eps; on the linear path (1 - t) x_0 + t eps."""
+    alpha, sigma = (expand(a, x_0) for a in alpha_sigma(path, t))
+    return alpha * x_0 + sigma * eps
 
 
 def sample_time(u, density="uniform", shift=1.0):
@@ -36,15 +65,17 @@ def shift_time(t, shift):
 
 # ---- training -----------------------------------------------------------------------------------------------------
 
-def expert_loss(model, x_0, c, t, eps, objective="velocity"):
+def expert_loss(model, x_0, c, t, eps, objective="velocity", path="linear"):
     """Conditional flow matching on the expert's own cluster (eq. 6) -> squared error of each sample [B].
 
-    An x0 model is trained on its velocity, too: ||v_theta - v||^2 = ||x0_theta - x_0||^2 / t^2.
+    velocity on a variance-preserving path is alpha eps - sigma x_0 (Salimans & Ho 2022). An x0 model is trained on its velocity, too:
+    the error of x_0 over sigma.
     """
-    out = model(interpolate(x_0, eps, t), t, c).float()
-    target = {"velocity": eps - x_0, "x0": x_0, "eps": eps}[objective]
-    loss = (out - target).square().flatten(1).mean(1)
-    return loss / t.clamp(min=T_MIN).square() if objective == "x0" else loss
+    alpha, sigma = (expand(a, x_0) for a in alpha_sigma(path, t))
+    out = model(alpha * x_0 + sigma * eps, t, c).float()
+    velocity = eps - x_0 if path == "linear" else alpha * eps - sigma * x_0
+    loss = (out - {"velocity": velocity, "x0": x_0, "eps": eps}[objective]).square().flatten(1).mean(1)
+    return loss / sigma.flatten().clamp(min=T_MIN).square() if objective == "x0" else loss
 
 
 def router_loss(router, x_0, k, c, t, eps):
@@ -56,66 +87,151 @@ def router_loss(router, x_0, k, c, t, eps):
     return F.cross_entropy(logits, k, reduction="none"), logits.argmax(1) == k
 
 
-# ---- sampling -----------------------------------------------------------------------------------------------------
+# ---- an expert's velocity -------------------------------------------------------------------------------------------
 
-def to_velocity(out, x_t, t, objective="velocity"):
-    """What a model predicts at (x_t, t), as velocity."""
-    if objective == "velocity":
+def to_velocity(out, x_t, t, objective="velocity", path="linear", bound=None):
+    """What a model predicted of (x_t, t) on the linear path, as the velocity there. bound: the largest |x_0| that there can be.
+
+    An error in eps is one of t / (1 - t) times as much in x_0, so near t = 1 the divisor and x_0 are clamped. Whatever path the model
+    was trained on, its x_0 and eps are those of the linear path.
+    """
+    if (objective, path) == ("velocity", "linear"):
         return out
     t = expand(t, x_t)
     if objective == "x0":
         return (x_t - out) / t.clamp(min=T_MIN)                     # eps - x_0, for eps = (x_t - (1-t) x_0) / t
-    return out - (x_t - t * out) / (1 - t).clamp(min=T_MIN)         # eps - x_0, for x_0 = (x_t - t eps) / (1-t)
+    if objective == "eps":
+        eps, x_0 = out, (x_t - t * out) / (1 - t).clamp(min=T_MIN)
+    else:       # v = alpha eps - sigma x_0 is a rotation: no division
+        norm = torch.sqrt((1 - t).square() + t.square())
+        alpha, sigma, x = (1 - t) / norm, t / norm, x_t / norm
+        eps, x_0 = sigma * x + alpha * out, alpha * x - sigma * out
+    return eps - (x_0 if bound is None else x_0.clamp(-bound, bound))
 
+
+def predict_velocity(model, x_t, t, c, objective="velocity", path="linear", bound=None):
+    """The velocity of model(x, t, c) at (x_t, t) on the linear path, whatever it was trained to predict and on whichever path.
+
+    A model of a variance-preserving path sees x_t at the time of equal signal-to-noise ratio and rescaled to alpha^2 + sigma^2 = 1.
+    """
+    norm = 1 if path == "linear" else expand(torch.sqrt((1 - t).square() + t.square()), x_t)
+    return to_velocity(model(x_t / norm, same_snr(path, t), c).float(), x_t, t, objective, path, bound)
+
+
+# ---- sampling -----------------------------------------------------------------------------------------------------
 
 def guide(v_c, v_u, w):
     """Classifier-free guidance on all channels: v_u + w (v_c - v_u). w = 1: the conditional flow alone."""
     return v_u + w * (v_c - v_u)
 
 
+# Strategies: router probabilities p [B,K] -> weights [B,K] of the experts, each row adding up to 1. With E the FLOPs of an expert's forward
+# (both branches of guidance: two forwards) and R of the router's, an image and step cost
+#
+#     full            K E + R     all experts: the exact ensemble (eq. 8)
+#     top-N           N E + R     the N likeliest
+#     sample-N        N E + R     N different ones, drawn from p at each step
+#     threshold-P     E..K E + R  those with p >= P, or the likeliest
+#     nucleus-P       E + R       one, drawn at each step from the likeliest that have a mass of P together
+#     once            E           one, drawn at t = 1 and kept; R is paid once. Exact for the mixture p(x | c) = sum_k p(k | c) p(x | k, c)
+#     oracle-N        E           expert N, or the expert of the label that each image comes with; no router
+
+STRATEGIES = "full, top-N, sample-N, threshold-P, nucleus-P, once, oracle-N"
+
+
+def parse_strategy(text):
+    """'top-2' | 'nucleus-0.9' | 'once' | ... -> (name, number); ValueError."""
+    name, dash, number = text.partition("-")
+    if not dash and name in ("full", "once"):
+        return name, 0
+    if name in ("top", "sample") and re.fullmatch(r"[1-9]\d*", number) or name == "oracle" and re.fullmatch(r"\d+", number):
+        return name, int(number)
+    if name in ("threshold", "nucleus") and re.fullmatch(r"\d*\.?\d+", number) and float(number) <= 1:
+        return name, float(number)
+    raise ValueError(f"strategy {text!r} is not one of {STRATEGIES} (N a whole number, P at most 1)")
+
+
+def choose(strategy, p, u=None):
+    """The weights [B,K] of a parsed strategy's experts; u [B,K] are the uniform numbers that it draws by. `once`: of the first step."""
+    name, number = strategy
+    if name == "full":
+        return p
+    if name == "top":
+        return top_k(p, number)
+    if name == "threshold":
+        return threshold(p, number)
+    return draw(nucleus(p, number) if name == "nucleus" else p, u, number if name == "sample" else 1)
+
+
+def _among(p, chosen):
+    """p renormalised over the chosen experts [B,K] (bool)."""
+    p = p * chosen
+    return p / p.sum(1, keepdim=True)
+
+
 def top_k(p, k):
-    """Router probabilities [B,K] -> weights [B,K]: the k most likely experts, renormalised. k = K: the full ensemble (eq. 8)."""
-    values, index = p.topk(min(k, p.shape[1]), dim=1)
-    return torch.zeros_like(p).scatter(1, index, values / values.sum(1, keepdim=True))
+    """The k most likely experts. k = K: the full ensemble."""
+    return _among(p, torch.zeros_like(p, dtype=torch.bool).scatter(1, p.topk(min(k, p.shape[1]), dim=1).indices, True))
 
 
-def draw(p, u):
-    """One expert an image, drawn from p [B,K] by u [B] uniform on [0,1) -> one-hot weights [B,K].
-
-    Drawn once, from the router's answer at t = 1 (pure noise, so p(k | c)), and kept along the whole path, this is exact for
-    the mixture p(x | c) = sum_k p(k | c) p(x | k, c): strategy "once".
-    """
-    k = (p.double().cumsum(1) <= u.double()[:, None] * p.double().sum(1, keepdim=True)).sum(1)
-    return F.one_hot(k.clamp(max=p.shape[1] - 1), p.shape[1]).to(p)
+def threshold(p, least):
+    """The experts with p >= least, or the likeliest if there is none. least = 0: the full ensemble."""
+    return _among(p, (p >= least) | (top_k(p, 1) > 0))
 
 
-def ensemble(weights, velocity, x_t, t, *conditions):
+def nucleus(p, mass):
+    """The fewest most likely experts that have this mass together, at least one (Holtzman et al. 2020). mass = 1: all."""
+    values, order = p.sort(dim=1, descending=True)
+    inside = values.cumsum(1) - values < mass       # those before it have less
+    inside[:, 0] = True
+    return _among(p, torch.zeros_like(inside).scatter(1, order, inside))
+
+
+def draw(p, u, k=1):
+    """k different experts an image, drawn in proportion to p by u [B,K] uniform on [0,1) (Gumbel's trick; Kool et al. 2019)."""
+    keys = p.double().log() - torch.log(-torch.log(u.double().clamp(min=1e-12)))
+    return _among(p, torch.zeros_like(p, dtype=torch.bool).scatter(1, keys.topk(min(k, p.shape[1]), dim=1).indices, True))
+
+
+def ensemble(weights, velocity, x_t, t, *conditions, order=None):
     """v(x_t) = sum_k w_k v^(k)(x_t) (eqs. 7-8), the batch grouped by expert: expert k runs once, on the samples that use it.
 
-    velocity(k, x_t, t, *conditions) -> v of expert k; each condition is None or a tensor [B,...].
+    velocity(k, x_t, t, *conditions) -> v of expert k; each condition is None or a tensor [B,...]. order: of the experts, if it matters.
     """
-    v = torch.zeros_like(x_t)
-    for k in weights.sum(0).nonzero().flatten().tolist():
-        rows = weights[:, k].nonzero().flatten()
-        v_k = velocity(k, x_t[rows], t[rows], *(None if c is None else c[rows] for c in conditions))
-        v.index_add_(0, rows, expand(weights[rows, k], v_k) * v_k)
+    v, chosen = torch.zeros_like(x_t), (weights > 0).cpu()     # one wait for the device, not one for each expert
+    for k in range(weights.shape[1]) if order is None else order:
+        rows = chosen[:, k].nonzero().flatten().to(x_t.device)
+        if len(rows):
+            v_k = velocity(k, x_t[rows], t[rows], *(None if c is None else c[rows] for c in conditions))
+            v.index_add_(0, rows, expand(weights[rows, k], v_k) * v_k)
     return v
 
+
+# ---- solvers --------------------------------------------------------------------------------------------------------
 
 def time_grid(steps, shift=1.0):
     """[steps + 1] times from 1 (noise) down to 0 (data)."""
     return shift_time(torch.linspace(1, 0, steps + 1), shift)
 
 
+def evaluations(steps, solver):
+    """How often `integrate` calls the velocity."""
+    return 2 * steps - 1 if solver == "heun" else steps
+
+
 def integrate(velocity, x, times, solver="euler"):
     """Follows dx/dt = velocity(x, t) along `times` (a float each) from noise x at times[0]; yields x after each step.
 
     euler: first order, one forward a step. heun: second order, two forwards a step (one in the last, where t reaches 0).
+    ab2: second order with one forward a step, from the last two velocities (Adams-Bashforth; the first step is Euler's).
     """
-    for now, then in zip(times[:-1].tolist(), times[1:].tolist()):
-        v = velocity(x, now)
-        moved = x + (then - now) * v
+    before, h_before, times = None, None, times.tolist()
+    for now, then in zip(times[:-1], times[1:]):
+        h, v = then - now, velocity(x, now)
+        slope = v
         if solver == "heun" and then > 0:
-            moved = x + (then - now) * (v + velocity(moved, then)) / 2
-        x = moved
+            slope = (v + velocity(x + h * v, then)) / 2
+        elif solver == "ab2" and before is not None:
+            slope = v + h / (2 * h_before) * (v - before)
+        x, before, h_before = x + h * slope, v, h
         yield x

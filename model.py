@@ -264,21 +264,29 @@ def save(path, config, state, dtype=torch.float32, **info):
 
 
 def read_info(path):
-    """A saved model's metadata, without its weights. ValueError if the file is damaged or another program's."""
+    """A saved model's metadata, without its weights. ValueError if the file is damaged, lacks weights or is another program's."""
     try:
         with safe_open(path, framework="pt") as f:
-            return json.loads((f.metadata() or {})["nanoddm"])
+            info = json.loads((f.metadata() or {})["nanoddm"])
+            with torch.device("meta"):
+                wanted = {k: list(v.shape) for k, v in build(ModelConfig(**info["model"])).state_dict().items()}
+            there = {k: f.get_slice(k).get_shape() for k in f.keys()}
+        if there != wanted:
+            raise ValueError(f"weights {sorted(k for k in {*there, *wanted} if there.get(k) != wanted.get(k))[:3]} are not as its description says")
+        return info
     except Exception as error:      # safetensors raises its own kinds
         raise ValueError(f"{path} is not a model of this project ({type(error).__name__}: {error})") from None
 
 
-def load(path, device="cpu"):
-    """-> (model in fp32 and eval mode on device, its metadata). ValueError as read_info."""
+def load(path, device="cpu", dtype=torch.float32):
+    """-> (model in eval mode on device, its weights as dtype; its metadata). ValueError as read_info.
+
+    Nothing is copied that need not be: on a CPU, weights that are of this dtype in the file stay mapped from it.
+    """
     info = read_info(path)
     with torch.device("meta"):
         model = build(ModelConfig(**info["model"]))
-    model.to_empty(device=device)
-    model.positions.copy_(sincos_2d(model.config.dim, model.config.size // model.config.patch))
     with safe_open(path, framework="pt", device=str(device)) as f:
-        model.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
-    return model.float().eval(), info
+        model.load_state_dict({k: f.get_tensor(k) for k in f.keys()}, assign=True)
+    model.positions = sincos_2d(model.config.dim, model.config.size // model.config.patch).to(device)
+    return model.to(dtype).eval(), info

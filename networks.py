@@ -94,6 +94,11 @@ def pinned(info):
     return " + ".join(name if "@" in name or revision == "-" else f"{name}@{revision}" for name, revision in zip(names, revisions))
 
 
+def bound(info):
+    """The largest |x_0| of an autoencoder's space: pixels end at 1; latents are standardised, so hardly any is beyond six deviations."""
+    return 6.0 if info["name"] else 1.0
+
+
 def label(info):
     """A network in an error message."""
     if not info["name"]:

@@ -1,25 +1,32 @@
 """Stage 4: prompt -> image, the experts combined by the router.
 
     python sample.py --run runs/demo --prompt "a red circle" --prompt "a white cross" --n 8 --out shapes.png
-    python sample.py --run runs/cifar --class 3 --strategy once --cfg 2
+    python sample.py --run runs/cifar --class 3 --strategy once --cfg 2 --solver ab2 --steps 25
     python sample.py --run runs/demo --prompts prompts.txt --monolith --out monolith/
+    torchrun --nproc_per_node=8 -- sample.py --run runs/laion --prompts prompts.txt --n 4        # shared out over eight GPUs
 
 reads   RUN/router.safetensors, RUN/experts/*.safetensors (a missing expert is left out), RUN/config.toml if it is there ([sample]); the
         autoencoder and the text encoder that these were trained with
-writes  --out X.png: one grid, prompts down the side; --out DIR (default RUN/samples): 0000.png, 0001.png, ... and grid.png
-Sample i of each prompt starts from the noise of seed + i, at any batch size; every PNG says how it was made.
+writes  --out X.png: one grid, prompts down the side; --out DIR (default RUN/samples): 0000.png, 0001.png, ... and grid.png; with
+        --show-routing X.routing.png or DIR/routing.png, too
+Sample i of each prompt starts from the noise of seed + i, at any batch size and on any number of ranks; every PNG says how it was made.
 """
 import os
+import time
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 import flow
 import pretrained
-from common import UserError, atomic, make_config, make_parser, parse, progress, read_toml, script, start
-from data import picture_grid
-from ensemble import STRATEGIES, Ensemble, parse_strategy
+from common import UserError, atomic, gather, make_config, make_parser, parse, progress, read_toml, script, start, sum_over_ranks
+from data import COLOURS, picture_grid
+from ensemble import Ensemble, check_strategy
+
+GRID = 1024         # pictures in a grid.png beside files files, at most
+SHOWN = 32          # images whose routing is drawn, at most
+COLUMNS = 8         # x_0 predictions of each
 
 
 def open_space(team, run_config, given, device):
@@ -38,7 +45,7 @@ def open_space(team, run_config, given, device):
 
 
 def read_conditions(args, model, space):
-    """-> (captions for the grid [P], conditions [P,...] or None) from --prompt, --prompts and --class."""
+    """-> (captions for the grid [P], conditions [P,...] or None, the negative prompt's [1,...] or None) from --prompt, --prompts and --class."""
     prompts, classes = list(args.prompt), args.classes
     if args.prompts:
         try:
@@ -50,15 +57,73 @@ def read_conditions(args, model, space):
     if (prompts and model.condition != "text") or (classes and model.condition != "class"):
         wanted = {"text": "--prompt or --prompts", "class": "--class", "none": "neither --prompt nor --class"}[model.condition]
         raise UserError(f"this run has condition = {model.condition}: it takes {wanted}")
+    if args.negative_prompt and model.condition != "text":
+        raise UserError(f"this run has condition = {model.condition}: it takes no --negative-prompt")
     if model.condition == "none":
-        return [""], None
+        return [""], None, None
     if not given:
         raise UserError(f"nothing to draw: this run wants {'--prompt TEXT' if model.condition == 'text' else '--class N'}")
     if model.condition == "text":
-        return prompts, space.captions(prompts)
+        return prompts, space.captions(prompts), space.captions([args.negative_prompt]) if args.negative_prompt else None
     if wrong := [k for k in classes if not 0 <= k < model.classes]:
         raise UserError(f"--class {wrong[0]} is not one of 0..{model.classes - 1}")
-    return [f"class {k}" for k in classes], torch.tensor(classes)
+    return [f"class {k}" for k in classes], torch.tensor(classes), None
+
+
+def beginnings(seeds, shape, calls, K):
+    """-> (noise [B,*shape], u [B,calls,K]) of images with these seeds: a generator an image, so that it is the same in any batch."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return noise, torch.stack([torch.rand(calls, K, generator=g) for g in generators])
+
+
+def batches(jobs, size, expert=None):
+    """Numbers of jobs in batches of at most `size`; given the expert of each job, a batch has but one."""
+    batch = []
+    for job in jobs:
+        if batch and (len(batch) == size or expert and expert[batch[-1]] != expert[job]):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def routing_picture(rows, K):
+    """A picture for teaching. For each image (title, [(time, p [K], weights [K], picture)] along its path, final picture): x_0 as predicted
+    at eight times and the final picture; under them the router's p(k | x_t, t, c) over time, stacked, and below that the experts that
+    were used.
+    """
+    side = max(64, rows[0][2].shape[0])
+    gap, line, band, used = 4, 18, 40, 10
+    width = (COLUMNS + 1) * (side + gap)
+    height = line + side + gap + band + used + 3 * gap
+    font, colours = ImageFont.load_default(12), [COLOURS[k % len(COLOURS)] for k in range(K)]
+    sheet = Image.new("RGB", (width + gap, 3 * line + len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 2), "x_0 as predicted at time t, and the sample; below, from noise to data: p(k | x_t, t, c), and the experts in use", "black", font)
+    for k in range(K):
+        draw.text((gap + k * 64, 2 + line), f"expert {k}", colours[k], font)
+    for r, (title, path, final) in enumerate(rows):
+        top = 2 * line + r * height
+        draw.text((gap, top + 2), title, "black", font)
+        shown = [path[round(i * (len(path) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]
+        for i, (when, picture) in enumerate([(f"t = {t:.2f}", picture) for t, _, _, picture in shown] + [("sample", final)]):
+            x, y = gap + i * (side + gap), top + line
+            sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (x, y))
+            draw.text((x + 3, y + side - 15), when, "white", font, stroke_width=1, stroke_fill="black")
+        y = top + line + side + gap
+        times = [t for t, *_ in path] + [0.0]
+        for i, (t, p, weights, _) in enumerate(path):       # from its own time to the next one's
+            x = [gap + round((1 - t) * (width - gap)) for t in times[i:i + 2]]
+            for shares, low, tall in ((p, y, band), (weights, y + band + gap // 2, used)):
+                edge = 0.0
+                for k, share in enumerate(shares):
+                    box = (x[0], low + round(edge * tall), x[1] - 1, low + round((edge + share) * tall) - 1)
+                    edge += share
+                    if box[2] >= box[0] and box[3] >= box[1]:
+                        draw.rectangle(box, fill=colours[k])
+    return sheet
 
 
 def main():
@@ -66,15 +131,15 @@ def main():
     group = parser.add_argument_group("what to draw")
     group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
     group.add_argument("--prompts", default="", metavar="FILE", help="a file of prompts, one a line")
+    group.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from, in place of no prompt")
     group.add_argument("--class", dest="classes", type=int, action="append", default=[], metavar="N", help="a class; several times, too")
     group.add_argument("--n", type=int, default=4, metavar="N", help="images of each (default: 4)")
     group.add_argument("--seed", type=int, default=0, help="default: 0")
     group.add_argument("--out", default="", metavar="PNG|DIR", help="default: RUN/samples")
     group.add_argument("--batch", type=int, default=64, metavar="B", help="images at once (default: 64)")
     group.add_argument("--monolith", action="store_true", help="from experts/all.safetensors instead of the ensemble")
-    group = parser.add_argument_group("short for --sample.*")
-    for key, text in (("steps", "solver steps"), ("cfg", "guidance scale"), ("strategy", STRATEGIES), ("solver", "euler | heun")):
-        group.add_argument(f"--{key}", dest=f"sample.{key}", metavar="X", help=text)
+    group.add_argument("--require-all", action="store_true", help="a missing or unreadable expert is an error")
+    group.add_argument("--show-routing", action="store_true", help=f"a picture of the router's answers and of x_0 over time ({SHOWN} images at most)")
     group = parser.add_argument_group("where the pretrained networks are, if not where they were in training")
     for role in ("autoencoder", "text"):
         group.add_argument(f"--{role}.name", metavar="NAME", help="hub name or local folder of the same network")
@@ -82,69 +147,124 @@ def main():
     path = os.path.join(args.run, "config.toml")
     config = make_config(read_toml(path) if os.path.exists(path) else {}, given)
     settings = config.sample
-    parse_strategy(settings.strategy)
-    if min(args.n, args.batch, settings.steps) < 1:
-        raise UserError(f"--n {args.n}, --batch {args.batch} and --steps {settings.steps} must be at least 1")
+    if args.monolith:
+        settings.strategy = "full"
+    strategy, _ = check_strategy(settings.strategy)
+    if min(args.n, args.batch) < 1:
+        raise UserError(f"--n {args.n} and --batch {args.batch} must be at least 1")
     if os.path.splitext(args.out)[1].lower() in (".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {args.out}: give a name that ends in .png, or a folder")
+    if args.negative_prompt and settings.cfg == 1:
+        raise UserError("--negative-prompt needs guidance, --cfg other than 1")
 
-    device = start(args.device).device
-    team = Ensemble(args.run, device, args.monolith)
+    ranks = start(args.device)
+    device = ranks.device
+    team = Ensemble(args.run, device, args.monolith, settings.resident, settings.precision, settings.compile, args.require_all)
+    team.check(settings)
+    times = flow.time_grid(settings.steps, team.shift(settings))
     space = open_space(team, config, given, device)
-    captions, conditions = read_conditions(args, team.config, space)
+    captions, conditions, negative = read_conditions(args, team.config, space)
     space.forget("text")            # it may be larger than an expert
     space.network("autoencoder")    # the wrong one is refused now, not after the work
-    shape, times = (team.config.channels, team.config.size, team.config.size), flow.time_grid(settings.steps, team.info["shift"])
+    files, grid = not args.out.lower().endswith(".png"), args.out
+    if files:
+        folder = args.out or os.path.join(args.run, "samples")
+        grid = os.path.join(folder, "grid.png")
 
-    pictures, shares = [], []
+    calls = flow.evaluations(settings.steps, settings.solver)
+    shape = (team.config.channels, team.config.size, team.config.size)
     jobs = [(p, args.seed + i) for p in range(len(captions)) for i in range(args.n)]
-    forwards = settings.steps * (2 if settings.solver == "heun" else 1) - (settings.solver == "heun")
-    bar = progress(desc="sampling", total=len(jobs) * forwards, unit="forwards")
-    for begin in range(0, len(jobs), args.batch):
-        batch = jobs[begin:begin + args.batch]
-        noise, u = [], []
-        for _, seed in batch:       # a generator an image: the same image in any batch
-            generator = torch.Generator().manual_seed(seed)
-            noise.append(torch.randn(shape, generator=generator))
-            u.append(torch.rand((), generator=generator))
-        c = None if conditions is None else conditions[[p for p, _ in batch]].to(device)
-        velocity, used = team.velocity(c, settings.cfg, settings.strategy, torch.stack(u).to(device))
-        x, before = torch.stack(noise).to(device), 0
-        for x in flow.integrate(velocity, x, times, settings.solver):
-            done = round(used.sum(1)[0].item())
-            bar.update((done - before) * len(batch))
-            before = done
-        pictures += list(space.pictures(x).cpu().numpy())
-        shares += (used / used.sum(1, keepdim=True)).tolist()
-    bar.close()
+
+    def begin(batch):
+        """-> (noise, u, c, c_null) of a batch of jobs, on the device."""
+        noise, u = beginnings([jobs[j][1] for j in batch], shape, calls, team.K)
+        c = None if conditions is None else conditions[[jobs[j][0] for j in batch]].to(device)
+        return noise.to(device), u.to(device), c, None if negative is None else negative.to(device).expand_as(c)
+
+    since = time.monotonic()
+    mine, expert = list(range(ranks.rank, len(jobs), ranks.world)), None
+    if strategy == "once" and len(team.paths) > 1:
+        # who draws which image is known beforehand: sorted by expert, a rank needs few of them, one after the other
+        drawn = {}
+        for batch in batches(mine, args.batch):
+            x, u, c, c_null = begin(batch)
+            weights = team.velocity(settings, c, c_null, u).route(x, torch.ones(len(x), device=device), 0)
+            drawn |= dict(zip(batch, weights.argmax(1).tolist()))
+        expert = {job: k for part in gather(drawn) for job, k in part.items()}
+        order = sorted(expert, key=lambda job: (expert[job], job))
+        mine = order[len(order) * ranks.rank // ranks.world:len(order) * (ranks.rank + 1) // ranks.world]
 
     def info(prompt, seed, share=None):
         chunks = PngInfo()
         values = {"prompt": prompt, "seed": seed, "strategy": "monolith" if args.monolith else settings.strategy, "guidance": settings.cfg,
                   "steps": settings.steps, "solver": settings.solver, "software": "nanoDDM"}
+        if args.negative_prompt:
+            values["negative prompt"] = args.negative_prompt
         if share and not args.monolith:
             values["experts"] = " ".join(f"{k}:{s:.2f}" for k, s in enumerate(share) if s >= 0.005)
         for key, value in values.items():
             chunks.add_text(key, str(value))
         return chunks
 
-    if args.out.lower().endswith(".png"):
-        folder, grid = os.path.dirname(args.out), args.out
-    else:
-        folder = args.out or os.path.join(args.run, "samples")
-        grid = os.path.join(folder, "grid.png")
-    if grid != args.out:
-        for i, ((p, seed), picture, share) in enumerate(zip(jobs, pictures, shares)):
-            with atomic(os.path.join(folder, f"{i:04d}.png")) as temporary:
-                Image.fromarray(picture).save(temporary, "PNG", pnginfo=info(captions[p], seed, share))
-    main_expert = [max(range(team.K), key=share.__getitem__) for share in shares]
+    pictures, shares, routing = {}, {}, {}      # of each job
+    bar = progress(desc="sampling", total=len(mine) * calls, unit="forwards")
+    for batch in batches(mine, args.batch, expert):
+        x, u, c, c_null = begin(batch)
+        labels = None if expert is None else torch.tensor([expert[j] for j in batch], device=device)
+        velocity = team.velocity(settings, c, c_null, u, labels)
+        shown, trace = [i for i, j in enumerate(batch) if args.show_routing and j < SHOWN], []
+
+        def step(x_t, now):
+            v = velocity(x_t, now)
+            if shown:
+                forwards, t = team.forwards.copy(), torch.full((len(shown),), now, device=device)
+                p = velocity.weights[shown] if team.router is None else team.route(x_t[shown], t, None if c is None else c[shown], settings.router_temperature)
+                team.forwards = forwards        # asked for the picture alone
+                trace.append((now, p.tolist(), velocity.weights[shown].tolist(), (x_t - now * v)[shown]))
+            bar.update(len(batch))
+            return v
+
+        for x in flow.integrate(step, x, times, settings.solver):
+            pass
+        for i, (job, picture, share) in enumerate(zip(batch, space.pictures(x).cpu().numpy(), (velocity.used / velocity.calls).tolist())):
+            p, seed = jobs[job]
+            shares[job] = share
+            if files:
+                with atomic(os.path.join(folder, f"{job:04d}.png")) as temporary:
+                    Image.fromarray(picture).save(temporary, "PNG", pnginfo=info(captions[p], seed, share))
+            if not files or job < GRID:
+                pictures[job] = picture
+        if shown:
+            predicted = [space.pictures(x_0).cpu().numpy() for *_, x_0 in trace]
+            for i, row in enumerate(shown):
+                routing[batch[row]] = [(now, p[i], w[i], x_0[i]) for (now, p, w, _), x_0 in zip(trace, predicted)]
+    bar.close()
+
+    seconds = max(gather(time.monotonic() - since))
+    pictures, shares, routing = ({job: value for part in gather(found) for job, value in part.items()} for found in (pictures, shares, routing))
+    flops, by_experts, by_router = sum_over_ranks(torch.tensor(
+        [team.flops(), sum(n for k, n in team.forwards.items() if k != "router"), team.forwards["router"]], dtype=torch.float64)).tolist()
+    if ranks.rank:
+        return
+    frames = {job: max(range(team.K), key=share.__getitem__) for job, share in shares.items()}
     columns = args.n if conditions is not None else 8
-    rows, frames = ([values[i:i + columns] for i in range(0, len(values), columns)] for values in (pictures, main_expert))
+    cut = [range(i, min(i + columns, len(pictures))) for i in range(0, len(pictures), columns)]
     with atomic(grid) as temporary:
-        picture_grid(rows, captions if conditions is not None else None, None if args.monolith else frames).save(temporary, "PNG", pnginfo=info(" | ".join(captions), args.seed))
-    total = [sum(column) / len(shares) for column in zip(*shares)]
-    print(f"{len(pictures)} pictures in {grid if grid == args.out else folder}"
-          + ("" if args.monolith else "; experts used: " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(total))))
+        picture_grid([[pictures[j] for j in row] for row in cut], captions[:len(cut)] if conditions is not None else None,
+                     None if args.monolith else [[frames[j] for j in row] for row in cut]
+                     ).save(temporary, "PNG", pnginfo=info(" | ".join(captions), args.seed))
+    if routing:
+        name = os.path.join(folder, "routing.png") if files else f"{grid[:-4]}.routing.png"
+        rows = [(f"{captions[jobs[j][0]]}  seed {jobs[j][1]}".strip(), routing[j], pictures[j]) for j in sorted(routing)]
+        with atomic(name) as temporary:
+            routing_picture(rows, team.K).save(temporary, "PNG")
+        print(f"routing and predictions of {len(rows)} pictures in {name}")
+    share = [sum(column) / len(shares) for column in zip(*shares.values())]
+    print(f"{len(jobs)} pictures in {folder if files else grid}"
+          + (f" (the first {len(pictures)} in its grid.png)" if len(pictures) < len(jobs) else "")
+          + ("" if args.monolith else "; experts used: " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(share))))
+    print(f"forwards per sample: {by_experts / len(jobs):.1f} of experts, {by_router / len(jobs):.1f} of the router; "
+          f"{flops / len(jobs) / 1e9:.4g} GFLOPs per image; {len(jobs) / seconds:.3g} images/s")
 
 
 if __name__ == "__main__":

@@ -45,15 +45,14 @@ def main():
         on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
     state = training.State(args.run, name, training.model_config(config, "model", space), train, ranks, config, space,
                            shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
-    info = training.describe(config, space, clusters) | {"objective": config.flow.objective, "shard": args.shard}
-
+    info = training.describe(config, space, clusters) | {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
 
     path = os.path.join(args.run, "experts", f"{args.shard}.safetensors")
     for step in training.steps(state, data, space, config, batch, shown="loss"):
         for b in step.batches():
             t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
             c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)
-            loss = flow.expert_loss(step.model, b.x_0, c, t, b.eps, config.flow.objective)      # [B], eq. 6
+            loss = flow.expert_loss(step.model, b.x_0, c, t, b.eps, config.flow.objective, config.flow.path)      # [B], eq. 6
             step.backward(loss, t)
         step.update()
         if step.save:

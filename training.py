@@ -432,11 +432,12 @@ def sample_grid(state, config, data, space, side=4, solver_steps=25):
     x = torch.stack([torch.randn(data.noise_shape, generator=torch.Generator().manual_seed(i)) for i in range(side * side)])
     c = collate([data[i] for i in range(side * side)])["c"]
     c = space.captions(c) if isinstance(c, list) else c.to(state.ranks.device) if c.numel() else None
-    null, w, objective = models.null_condition(state.model.config, c), config.sample.cfg, config.flow.objective
+    null, w = models.null_condition(state.model.config, c), config.sample.cfg
+    model = functools.partial(torch.func.functional_call, state.model, state.ema)
 
     def velocity(x_t, time):
         t = torch.full((len(x_t),), time, device=x_t.device)
-        v = [flow.to_velocity(torch.func.functional_call(state.model, state.ema, (x_t, t, cond)), x_t, t, objective)
+        v = [flow.predict_velocity(lambda *args: model(args), x_t, t, cond, config.flow.objective, config.flow.path, networks.bound(space.info["autoencoder"]))
              for cond in ((c,) if c is None or w == 1 else (c, null))]
         return v[0] if len(v) == 1 else flow.guide(v[0], v[1], w)
 

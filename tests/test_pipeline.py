@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import flow
 import model as models
+from common import make_config
 from ensemble import Ensemble
 
 
@@ -409,39 +410,6 @@ def test_the_monolith_samples_from_its_own_file(trained, tmp_path):
         os.remove(run / "experts" / f"{k}.safetensors")
     sample(run, tmp_path / "all", "--monolith")
     assert len(pictures(tmp_path / "all")) == 6 and Image.open(tmp_path / "all" / "0000.png").text["strategy"] == "monolith"
-
-
-def test_identical_experts_are_one_expert_under_every_strategy(trained, tmp_path):
-    run = copy(trained, tmp_path)
-    for k in (1, 2):
-        shutil.copy(run / "experts" / "0.safetensors", run / "experts" / f"{k}.safetensors")
-    x, u = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.rand(4)
-    c = torch.stack([models.hash_words(p, 4, 64) for p in ("a red circle", "a blue cross", "", "a white square")])
-    results = []
-    for strategy in ("top-1", "top-2", "full", "once"):
-        velocity, used = Ensemble(run, torch.device("cpu")).velocity(c, 3.0, strategy, u)
-        *_, y = flow.integrate(velocity, x, flow.time_grid(5))
-        results.append(y)
-        torch.testing.assert_close(used.sum(1), torch.full((4,), 5.0))
-    for y in results[1:]:
-        torch.testing.assert_close(y, results[0], rtol=1e-4, atol=1e-4)
-
-
-def test_top_1_runs_one_expert_forward_a_sample_and_once_asks_the_router_once(trained):
-    team = Ensemble(trained, torch.device("cpu"))
-    forwards, asked = [], []
-    expert, router = team.expert_velocity, team.router
-    team.expert_velocity = lambda k, x, *rest: (forwards.append(len(x)), expert(k, x, *rest))[1]
-    team.router = lambda x, *rest: (asked.append(len(x)), router(x, *rest))[1]
-    x, c = torch.randn(8, 3, 8, 8), torch.stack([models.hash_words("a red circle", 4, 64)] * 8)
-    for strategy, cost, questions in (("top-1", 8, 5), ("top-2", 16, 5), ("full", 24, 5), ("once", 8, 1)):
-        forwards.clear()
-        asked.clear()
-        velocity, used = team.velocity(c, 2.0, strategy, torch.rand(8))
-        *_, y = flow.integrate(velocity, x, flow.time_grid(5))
-        assert sum(forwards) == 5 * cost and len(asked) == questions
-        if strategy == "once":      # one expert along the whole path
-            assert sorted(used.flatten().tolist()) == [0.0] * 16 + [5.0] * 8
 
 
 def test_a_class_conditional_run_and_an_unconditional_one_work_end_to_end(tars, config, tmp_path):
