@@ -249,7 +249,7 @@ def build(config):
     return (Router if config.clusters else DiT)(config)
 
 
-def save(path, config, state, dtype=torch.float32, **info):
+def save(path, config, state, dtype=torch.float32, /, **info):
     """Writes weights {name: tensor} as one safetensors file that `load` rebuilds the model from. info: whatever JSON can hold.
 
     All metadata is one key of sorted JSON: safetensors orders several keys at random, and equal runs must give equal files.

@@ -152,6 +152,8 @@ def main():
     strategy, _ = check_strategy(settings.strategy)
     if min(args.n, args.batch) < 1:
         raise UserError(f"--n {args.n} and --batch {args.batch} must be at least 1")
+    if settings.cfg_low > settings.cfg_high:
+        raise UserError(f"guidance from cfg_low {settings.cfg_low} to cfg_high {settings.cfg_high} is nowhere: 0 <= cfg_low <= cfg_high <= 1")
     if os.path.splitext(args.out)[1].lower() in (".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {args.out}: give a name that ends in .png, or a folder")
     if args.negative_prompt and settings.cfg == 1:

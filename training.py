@@ -212,7 +212,7 @@ class State:
         with atomic(os.path.join(self.folder, "status")) as temporary, open(temporary, "w") as f:
             f.write(f"{status} {self.step}\n")
 
-    def export(self, path, images, **info):
+    def export(self, path, images, /, **info):
         """Writes the averaged weights as a model file (rank 0)."""
         if self.ranks.rank == 0:
             os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,10 +1,18 @@
 """A tiny run, made once by the commands themselves: 240 drawn shapes of 8 pixels, 3 experts of 20,000 weights; and tiny pretrained networks."""
+import contextlib
+import glob
+import importlib
+import io
 import os
+import shutil
 import string
 import subprocess
 import sys
+from unittest import mock
 
+import numpy as np
 import pytest
+from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # no test asks the network
 os.environ["OMP_NUM_THREADS"] = "1"     # processes of several threads would wait for each other
@@ -64,6 +72,36 @@ def command(*args, ranks=0, check=True):
     return done
 
 
+def inside(script, *args):
+    """Runs a script's main() in this process, to spare the seconds that a start of torch takes; -> CompletedProcess."""
+    import common
+    main, code = importlib.import_module(script.removesuffix(".py")).main, 0
+    with mock.patch.object(sys, "argv", [script, *map(str, args)]), contextlib.redirect_stderr(io.StringIO()) as stderr, \
+            contextlib.redirect_stdout(io.StringIO()) as stdout:
+        try:
+            common.script(main)
+        except SystemExit as end:
+            code = end.code
+    return subprocess.CompletedProcess([script, *args], code, stdout.getvalue(), stderr.getvalue())
+
+
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def sample(run, out, *flags, ranks=None):
+    """Six pictures of two prompts; in this process unless ranks are given."""
+    args = ["sample.py", "--run", run, "--device", "cpu", "--prompt", "a red circle", "--prompt", "a blue cross", "--n", 3, "--out", out, *flags]
+    done = inside(*args) if ranks is None else command(*args, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def pictures(folder):
+    """The single pictures that sample.py wrote, [N,H,W,3] int."""
+    return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(str(folder / "[0-9]*.png")))])
+
+
 @pytest.fixture(scope="session")
 def tars(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tars")
@@ -89,7 +127,6 @@ def clustered(tars, config, tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(clustered, tmp_path_factory):
     """A run after stage 3, its monolith included: do not change it, copy it."""
-    import shutil
     run = tmp_path_factory.mktemp("trained") / "run"
     shutil.copytree(clustered, run)
     for shard in (0, 1, 2, "all"):

@@ -1,33 +1,23 @@
 """What a user's mistake gets: one line that names it, both values and the remedy; exit code 2; nothing changed, no traceback."""
-import contextlib
-import importlib
 import io
 import json
 import os
 import re
 import shutil
-import sys
 import tomllib
-from unittest import mock
 
 import pytest
 import safetensors.numpy
-from conftest import ROOT, command
+from conftest import ROOT, command, inside
 
 import common
+import model as models
 
 
 def refused(script, *args, says, process=False):
-    """Runs a script that must fail; in this process, unless `process`, to spare the seconds that a start of torch takes."""
-    if process:
-        done = command(script, *args, check=False)
-        code, text = done.returncode, done.stderr
-    else:
-        main = importlib.import_module(script.removesuffix(".py")).main
-        with mock.patch.object(sys, "argv", [script, *map(str, args)]), contextlib.redirect_stderr(io.StringIO()) as stderr, \
-                contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as end:
-            common.script(main)
-        code, text = end.value.code, stderr.getvalue()
+    """Runs a script that must fail; in this process, unless `process`."""
+    done = command(script, *args, check=False) if process else inside(script, *args)
+    code, text = done.returncode, done.stderr
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in text, text
     assert text.splitlines()[-1] == lines[0]
@@ -180,19 +170,34 @@ def test_a_checkpoint_of_other_settings(trained, tmp_path):
 
 
 def test_models_that_do_not_fit_together(trained, tmp_path):
-    import model as models
     run = shutil.copytree(trained, tmp_path / "run")
     path = run / "experts" / "1.safetensors"
     network, info = models.load(path)
     info.pop("model")
     models.save(path, network.config, network.state_dict(), **info | {"fingerprint": "0123"})
     refused("sample.py", "--run", run, "--prompt", "x", says=["1.safetensors", "do not fit together", "fingerprint", "'0123'", info["fingerprint"]])
-    path.write_bytes(b"garbage")
-    refused("sample.py", "--run", run, "--prompt", "x", says=["1.safetensors is not a model"])
+    models.save(path, network.config, network.state_dict(), **info | {"shift": 3.0})
+    refused("sample.py", "--run", run, "--prompt", "x", says=["different shifts (0: 1.0, 1: 3.0, 2: 1.0)", "--shift"])
+
+
+def test_a_run_of_damaged_models(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    for k in range(3):
+        (run / "experts" / f"{k}.safetensors").write_bytes(b"garbage")
+    refused("sample.py", "--run", run, "--prompt", "x", says=["0.safetensors is not a model"])
+    shutil.copytree(trained / "experts", run / "experts", dirs_exist_ok=True)
+    (run / "router.safetensors").write_bytes((trained / "router.safetensors").read_bytes()[:-1])
+    refused("sample.py", "--run", run, "--prompt", "x", says=["router.safetensors is not a model"])
 
 
 def test_wrong_wishes_of_sample(trained, tmp_path):
-    for flags, says in ((["--prompt", "x", "--strategy", "best"], ["strategy 'best'", "top-K", "full", "once"]),
+    for flags, says in ((["--prompt", "x", "--strategy", "best"], ["strategy 'best'", "top-N", "full", "once"]),
+                        (["--prompt", "x", "--strategy", "top-4"], ["'top-4'", "3 clusters"]),
+                        (["--prompt", "x", "--strategy", "sample-9"], ["'sample-9'", "3 clusters"]),
+                        (["--prompt", "x", "--strategy", "oracle-3"], ["'oracle-3'", "experts for 0, 1, 2"]),
+                        (["--prompt", "x", "--router-temperature", 0], ["sample.router_temperature = 0.0 must be"]),
+                        (["--prompt", "x", "--negative-prompt", "y", "--cfg", 1], ["--negative-prompt needs guidance"]),
+                        (["--prompt", "x", "--cfg-low", 0.8, "--cfg-high", 0.2], ["cfg_low 0.8", "cfg_high 0.2"]),
                         (["--class", 3], ["condition = text", "--prompt"]),
                         ([], ["--prompt TEXT"]),
                         (["--prompt", "x", "--n", 0], ["--n 0"]),

@@ -13,19 +13,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command, command_line
+from conftest import ENVIRONMENT, ROOT, command, command_line, copy, pictures, sample
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import flow
 import model as models
-from common import make_config
-from ensemble import Ensemble
-
-
-def copy(run, tmp_path):
-    return shutil.copytree(run, tmp_path / "run")
 
 
 def begin(*args, ranks=0):
@@ -357,60 +350,7 @@ def test_too_many_unreadable_samples_stop_the_training(clustered, tmp_path):
     assert int(rows(run, "expert-0")[-1]["bad"]) > 5 and "undecodable" in done.stderr
 
 
-# ---- stage 4 ------------------------------------------------------------------------------------------------------
-
-def sample(run, out, *flags):
-    return command("sample.py", "--run", run, "--prompt", "a red circle", "--prompt", "a blue cross", "--n", 3, "--out", out, *flags)
-
-
-def pictures(folder):
-    return [np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(str(folder / "[0-9]*.png")))]
-
-
-def test_samples_carry_how_they_were_made(trained, tmp_path):
-    sample(trained, tmp_path / "out", "--seed", 5, "--cfg", 2, "--strategy", "top-2", "--solver", "heun")
-    assert sorted(os.listdir(tmp_path / "out")) == [f"{i:04d}.png" for i in range(6)] + ["grid.png"]
-    for i, prompt, seed in ((0, "a red circle", 5), (4, "a blue cross", 6)):
-        text = Image.open(tmp_path / "out" / f"{i:04d}.png").text
-        assert (text["prompt"], text["seed"], text["strategy"], text["guidance"], text["steps"], text["solver"]) == \
-            (prompt, str(seed), "top-2", "2.0", "4", "heun")
-    sample(trained, tmp_path / "grid.png")
-    assert Image.open(tmp_path / "grid.png").text["prompt"] == "a red circle | a blue cross"
-    # the image's own seed gives it again, alone
-    command("sample.py", "--run", trained, "--prompt", "a blue cross", "--n", 1, "--seed", 6, "--cfg", 2, "--strategy", "top-2",
-            "--solver", "heun", "--out", tmp_path / "one")
-    assert np.abs(pictures(tmp_path / "one")[0] - pictures(tmp_path / "out")[4]).max() <= 1
-
-
-def test_top_K_is_full_and_batch_size_does_not_matter(trained, tmp_path):
-    sample(trained, tmp_path / "full", "--strategy", "full")
-    sample(trained, tmp_path / "top3", "--strategy", "top-3", "--batch", 2)
-    for a, b in zip(pictures(tmp_path / "full"), pictures(tmp_path / "top3"), strict=True):
-        assert np.abs(a - b).max() <= 1
-
-
-@pytest.mark.parametrize("strategy", ["top-1", "once"])
-def test_missing_experts_are_named_and_left_out(trained, tmp_path, strategy):
-    run = copy(trained, tmp_path)
-    os.remove(run / "experts" / "0.safetensors")
-    done = sample(run, tmp_path / "two", "--strategy", strategy)
-    assert "warning: no expert for clusters 0 of 3" in done.stderr and len(pictures(tmp_path / "two")) == 6
-    assert all("0:" not in Image.open(p).text["experts"].split()[0] for p in glob.glob(str(tmp_path / "two" / "0*.png")))
-    os.remove(run / "experts" / "1.safetensors")
-    sample(run, tmp_path / "left", "--strategy", strategy)
-    # the one that is left is the ensemble: whatever the strategy, and also without a router
-    os.remove(run / "router.safetensors")
-    sample(run, tmp_path / "alone", "--strategy", "full")
-    assert all(np.array_equal(a, b) for a, b in zip(pictures(tmp_path / "left"), pictures(tmp_path / "alone"), strict=True))
-
-
-def test_the_monolith_samples_from_its_own_file(trained, tmp_path):
-    run = copy(trained, tmp_path)
-    for k in range(3):
-        os.remove(run / "experts" / f"{k}.safetensors")
-    sample(run, tmp_path / "all", "--monolith")
-    assert len(pictures(tmp_path / "all")) == 6 and Image.open(tmp_path / "all" / "0000.png").text["strategy"] == "monolith"
-
+# ---- all stages, other conditions -----------------------------------------------------------------------------------
 
 def test_a_class_conditional_run_and_an_unconditional_one_work_end_to_end(tars, config, tmp_path):
     from data import TarWriter

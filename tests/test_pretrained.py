@@ -403,7 +403,7 @@ def test_samples_are_decoded_pictures_also_where_the_networks_have_moved(latent_
     team = ensemble.Ensemble(run, CPU)
     c = encoder(networks, "clip", "clip-2", layer="penultimate").encode(["a red circle"])
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    *_, x = flow.integrate(team.velocity(c, 4.0, "top-1", torch.rand(1))[0], x, flow.time_grid(3))
+    *_, x = flow.integrate(team.velocity(common.make_config().sample, c), x, flow.time_grid(3))
     wanted = data.to_uint8(nets.autoencoder(str(networks / "vae"), CPU).decode(x))[0].numpy().astype(int)
     assert np.abs(pictures[1] - wanted).max() <= 1
     shutil.copytree(networks, tmp_path / "moved")
