@@ -32,6 +32,9 @@ for colour in red green blue yellow purple white; do
 done > $RUN/prompts.txt
 python sample.py --run $RUN --prompts $RUN/prompts.txt --n 4 --out $RUN/samples/demo
 
+# Look inside: what is predicted along the path, and what the router says. "a circle" names no colour, so it is the noise that decides.
+python sample.py --run $RUN --prompt "a circle" --prompt "a red circle" --n 3 --strategy full --show-routing --out $RUN/samples/routing
+
 # 5. Does each picture show what its prompt says? (A check by colour and shape that shares no code with the drawing.)
 python bench/check_shapes.py $RUN/samples/demo --least 0.95 0.8
-echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at $RUN/clusters.png and $RUN/samples/demo/grid.png."
+echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at $RUN/clusters.png, $RUN/samples/demo/grid.png and $RUN/samples/routing/routing.png."

@@ -180,7 +180,7 @@ class Velocity:
             name, number = flow.parse_strategy(settings.strategy)
             if name == "oracle" or len(team.paths) == 1:
                 labels = number if name == "oracle" else next(iter(team.paths))
-            elif u is None and name in ("sample", "nucleus", "once"):
+            elif u is None and name in flow.DRAWING:
                 raise ValueError(f"strategy {settings.strategy} draws: give it u")
         self.team, self.settings, self.c, self.calls, self.used = team, settings, c, 0, 0
         self.c_null = models.null_condition(team.config, c) if c_null is None else c_null
@@ -235,7 +235,7 @@ class _Route:
                 p = torch.where(sure[:, None], flow.top_k(p, 1), p)
                 self.open = rows[~sure]
             self.p[rows] = p
-        self.weights = flow.choose(self.strategy, self.p, None if self.u is None else self.u[:, 0 if name == "once" else call])
+        self.weights = flow.choose(self.strategy, self.p, self.u[:, 0 if self.kept else call] if name in flow.DRAWING else None)
         return self.weights
 
 

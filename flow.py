@@ -137,6 +137,7 @@ def guide(v_c, v_u, w):
 #     oracle-N        E           expert N, or the expert of the label that each image comes with; no router
 
 STRATEGIES = "full, top-N, sample-N, threshold-P, nucleus-P, once, oracle-N"
+DRAWING = ("sample", "nucleus", "once")     # those that need random numbers
 
 
 def parse_strategy(text):

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import flow
 import pretrained
-from common import UserError, atomic, gather, make_config, make_parser, parse, progress, read_toml, script, start, sum_over_ranks
+from common import CONFIG, UserError, atomic, gather, make_config, make_parser, parse, progress, read_toml, script, start, sum_over_ranks
 from data import COLOURS, picture_grid
 from ensemble import Ensemble, check_strategy
 
@@ -147,9 +147,9 @@ def main():
     path = os.path.join(args.run, "config.toml")
     config = make_config(read_toml(path) if os.path.exists(path) else {}, given)
     settings = config.sample
-    if args.monolith:
-        settings.strategy = "full"
     strategy, _ = check_strategy(settings.strategy)
+    if args.monolith:
+        settings.strategy = strategy = "full"
     if min(args.n, args.batch) < 1:
         raise UserError(f"--n {args.n} and --batch {args.batch} must be at least 1")
     if settings.cfg_low > settings.cfg_high:
@@ -202,6 +202,8 @@ def main():
                   "steps": settings.steps, "solver": settings.solver, "software": "nanoDDM"}
         if args.negative_prompt:
             values["negative prompt"] = args.negative_prompt
+        values |= {key: value for key, value in vars(settings).items()      # what else makes another picture
+                   if value != CONFIG["sample"][key][0] and key not in ("steps", "solver", "cfg", "strategy", "resident", "compile")}
         if share and not args.monolith:
             values["experts"] = " ".join(f"{k}:{s:.2f}" for k, s in enumerate(share) if s >= 0.005)
         for key, value in values.items():
