@@ -110,7 +110,7 @@ CONFIG = {
         "cfg_routing": ("shared", "the conditional branch's experts make both branches, or each branch asks the router for its own", ("shared", "own")),
         "strategy": ("top-1", "which experts make a step: full, top-N, sample-N, threshold-P, nucleus-P, once or oracle-N"),
         "router_temperature": (1.0, "the router's logits are divided by it"),
-        "route_every": (1, "forwards that one answer of the router is used for"),
+        "route_every": (1, "forwards that one answer of the router is used for (once and oracle-N keep theirs anyway)"),
         "route_epsilon": (0.001, "with route_every > 1: an expert with at least 1 - epsilon is kept to the end, the router not asked again (0: never)"),
         "resident": (0, "experts on the device at most; 0: all that are used"),
         "precision": ("auto", "of the weights. auto: bf16 on a GPU, fp32 on a CPU", ("auto", "bf16", "fp32")),
@@ -249,7 +249,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(doc, tables, run=True):
     """A parser with --run, --device and a flag for each key of the config's `tables`; its help is the script's docstring.
 
-    Keys of [sample] have a short form: --route-every is --sample.route_every.
+    sample.py, whose flags are those of one table, has short forms, too: --route-every is --sample.route_every.
     """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     if run:
@@ -260,8 +260,9 @@ def make_parser(doc, tables, run=True):
         for key, (default, meaning, *choices) in CONFIG[table].items():
             allowed = f" {' | '.join(c or repr(c) for c in choices[0])}" if choices else ""
             shown = "" if default is None else f" (default: {default!r})"
-            short = [f"--{key.replace('_', '-')}"] if table == "sample" else []
-            group.add_argument(*short, f"--{table}.{key}", dest=f"{table}.{key}", metavar="X", help=f"{meaning}{allowed}{shown}".replace("%", "%%"))
+            short = [f"--{key.replace('_', '-')}"] if tables == ["sample"] else []
+            switch = {"nargs": "?", "const": "true"} if default is False else {}
+            group.add_argument(*short, f"--{table}.{key}", dest=f"{table}.{key}", metavar="X", **switch, help=f"{meaning}{allowed}{shown}".replace("%", "%%"))
     return parser
 
 

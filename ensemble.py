@@ -19,7 +19,7 @@ import torch
 import flow
 import model as models
 import networks
-from common import UserError
+from common import CONFIG, UserError
 
 
 def check_strategy(text):
@@ -72,14 +72,15 @@ class Ensemble:
         if len(unreadable) == len(self.paths):
             raise UserError(next(iter(unreadable.values())))
         self.K = max(self.paths) + 1        # without a router to say how many clusters there are
-        self.paths = {k: path for k, path in self.paths.items() if k not in unreadable}
-        checked = {path: self.infos[k] for k, path in self.paths.items()}
         router = os.path.join(run, "router.safetensors")
-        if not monolith and os.path.exists(router):
-            checked[router] = _info(router)
-            self.K = checked[router]["model"]["clusters"]
+        if routed := not monolith and os.path.exists(router):
+            self.K = (router_info := _info(router))["model"]["clusters"]
             if foreign := [p for k, p in self.paths.items() if k >= self.K]:
                 raise UserError(f"{foreign[0]} does not belong to {router}, which knows {self.K} clusters")
+        self.paths = {k: path for k, path in self.paths.items() if k not in unreadable}
+        checked = {path: self.infos[k] for k, path in self.paths.items()}
+        if routed:
+            checked[router] = router_info
         first = next(iter(checked))
         wanted = _must_agree(checked[first])
         for path, info in checked.items():
@@ -100,7 +101,7 @@ class Ensemble:
                 raise UserError(f"{text}: copy what is missing to {folder}, or go on with the others without --require-all")
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {text}: left out, the weights of the others renormalised", file=sys.stderr)
-        if router in checked and len(self.paths) > 1:       # a single expert needs nobody to choose it
+        if routed and len(self.paths) > 1:       # a single expert needs nobody to choose it
             self.router = self._load(router, "router")
 
     def _load(self, path, name):
@@ -108,7 +109,7 @@ class Ensemble:
             model = models.load(path, self.device, self.dtype)[0]
         except ValueError as error:
             raise UserError(str(error), local=True) from None
-        self.cost[name] = model.flops()
+        self.cost[name] = model.requires_grad_(False).flops()
         if self.compile:        # all blocks of a shape share one graph
             for block in model.blocks:
                 block.compile(dynamic=True)
@@ -123,6 +124,7 @@ class Ensemble:
         self.loaded[k] = self.loaded.pop(k)
         return self.loaded[k]
 
+    @torch.no_grad()
     def route(self, x_t, t, c, temperature=1.0):
         """p(k | x_t, t, c) [B,K] over the experts that are there (eq. 5, tempered and renormalised)."""
         if len(self.paths) == 1:
@@ -132,11 +134,12 @@ class Ensemble:
         logits[:, self.missing] = float("-inf")
         return logits.softmax(1)
 
+    @torch.no_grad()
     def expert_velocity(self, k, x_t, t, c):
         """Expert k's velocity on x_t [B,C,S,S], t [B], without guidance, whatever it was trained to predict."""
         model, info = self.expert(k), self.infos[k]
         self.forwards[k] += len(x_t)
-        return flow.predict_velocity(lambda x, t, c: model(x.to(self.dtype), t, c), x_t, t, c, info["objective"], info.get("path", "linear"),
+        return flow.predict_velocity(lambda x, t, c: model(x.to(self.dtype), t, c), x_t, t, c, info["objective"], info["path"],
                                      networks.bound(info["autoencoder"]))
 
     def flops(self):
@@ -182,16 +185,18 @@ class Velocity:
                 labels = number if name == "oracle" else next(iter(team.paths))
             elif u is None and name in flow.DRAWING:
                 raise ValueError(f"strategy {settings.strategy} draws: give it u")
+        elif gone := sorted(set(torch.as_tensor(labels).flatten().tolist()) - team.paths.keys()):
+            raise UserError(f"labels {', '.join(map(str, gone))}: there are experts for {', '.join(map(str, team.paths))} of {team.K} clusters")
         self.team, self.settings, self.c, self.calls, self.used = team, settings, c, 0, 0
         self.c_null = models.null_condition(team.config, c) if c_null is None else c_null
         self.route = _Route(team, settings, c, u, labels)
         own = settings.cfg_routing == "own" and not self.route.kept
         self.route_null = _Route(team, settings, self.c_null, u, labels) if own else None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, x_t, time):
         s, t = self.settings, torch.full((len(x_t),), time, device=x_t.device)
-        guided = self.c is not None and s.cfg != 1 and s.cfg_low <= time <= s.cfg_high
+        guided = self.c is not None and s.cfg != 1 and s.cfg_low - 1e-6 < time < s.cfg_high + 1e-6      # the ends are in, whatever the rounding
         self.weights = w = self.route(x_t, t, self.calls)
         self.used = self.used + w
         c = self.c
@@ -209,7 +214,8 @@ class _Route:
     """The experts of one branch of a batch along its path. kept: decided once for the whole path."""
 
     def __init__(self, team, settings, c, u, labels):
-        self.team, self.settings, self.c, self.u, self.p, self.weights = team, settings, c, u, None, None
+        self.team, self.settings, self.c, self.u = team, settings, c, u
+        self.p = self.weights = self.open = None        # open: the samples that still ask the router
         self.strategy = ("oracle", labels) if labels is not None else flow.parse_strategy(settings.strategy)
         self.kept = self.strategy[0] in ("oracle", "once")
 
@@ -224,7 +230,7 @@ class _Route:
             return self.weights
         if self.p is None:
             self.p = torch.zeros(len(x_t), self.team.K, device=x_t.device)
-            self.open, ask = torch.arange(len(x_t), device=x_t.device), True        # the samples that still ask the router
+            self.open, ask = torch.arange(len(x_t), device=x_t.device), True
         else:
             ask = call % self.settings.route_every == 0
         if ask and len(self.open):
@@ -246,4 +252,7 @@ def _info(path):
         raise UserError(str(error)) from None
     if not isinstance(info.get("autoencoder"), dict):
         raise UserError(f"{path} is from an earlier version of this project, which did not say which networks it needs: train it again")
+    for key, default in (("objective", "velocity"), ("path", "linear")):        # a fork may know others
+        if info.setdefault(key, default) not in CONFIG["flow"][key][2]:
+            raise UserError(f"{path} has {key} = {info[key]!r}, which is not one of {', '.join(CONFIG['flow'][key][2])}")
     return info

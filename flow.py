@@ -125,8 +125,8 @@ def guide(v_c, v_u, w):
     return v_u + w * (v_c - v_u)
 
 
-# Strategies: router probabilities p [B,K] -> weights [B,K] of the experts, each row adding up to 1. With E the FLOPs of an expert's forward
-# (both branches of guidance: two forwards) and R of the router's, an image and step cost
+# Strategies: router probabilities p [B,K] -> weights [B,K] of the experts, each row adding up to 1. With E the FLOPs of an expert's step (both
+# branches of guidance: two forwards) and R of the router's (two forwards if each branch asks for itself), an image and step cost
 #
 #     full            K E + R     all experts: the exact ensemble (eq. 8)
 #     top-N           N E + R     the N likeliest
@@ -200,6 +200,7 @@ def ensemble(weights, velocity, x_t, t, *conditions, order=None):
     velocity(k, x_t, t, *conditions) -> v of expert k; each condition is None or a tensor [B,...]. order: of the experts, if it matters.
     """
     v, chosen = torch.zeros_like(x_t), (weights > 0).cpu()     # one wait for the device, not one for each expert
+    assert chosen.any(1).all(), "a sample has no expert: its router's answer is not finite"
     for k in range(weights.shape[1]) if order is None else order:
         rows = chosen[:, k].nonzero().flatten().to(x_t.device)
         if len(rows):
@@ -211,8 +212,8 @@ def ensemble(weights, velocity, x_t, t, *conditions, order=None):
 # ---- solvers --------------------------------------------------------------------------------------------------------
 
 def time_grid(steps, shift=1.0):
-    """[steps + 1] times from 1 (noise) down to 0 (data)."""
-    return shift_time(torch.linspace(1, 0, steps + 1), shift)
+    """[steps + 1] times from 1 (noise) down to 0 (data), in float64."""
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
 
 def evaluations(steps, solver):

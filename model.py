@@ -287,6 +287,6 @@ def load(path, device="cpu", dtype=torch.float32):
     with torch.device("meta"):
         model = build(ModelConfig(**info["model"]))
     with safe_open(path, framework="pt", device=str(device)) as f:
-        model.load_state_dict({k: f.get_tensor(k) for k in f.keys()}, assign=True)
-    model.positions = sincos_2d(model.config.dim, model.config.size // model.config.patch).to(device)
-    return model.to(dtype).eval(), info
+        model.load_state_dict({k: f.get_tensor(k).to(dtype) for k in f.keys()}, assign=True)     # one by one: never twice on the device
+    model.positions = sincos_2d(model.config.dim, model.config.size // model.config.patch).to(device, dtype)
+    return model.eval(), info

@@ -24,7 +24,7 @@ from common import CONFIG, UserError, atomic, gather, make_config, make_parser, 
 from data import COLOURS, picture_grid
 from ensemble import Ensemble, check_strategy
 
-GRID = 1024         # pictures in a grid.png beside files files, at most
+GRID = 1024         # pictures in a grid.png beside single files, at most
 SHOWN = 32          # images whose routing is drawn, at most
 COLUMNS = 8         # x_0 predictions of each
 
@@ -90,31 +90,31 @@ def batches(jobs, size, expert=None):
 
 
 def routing_picture(rows, K):
-    """A picture for teaching. For each image (title, [(time, p [K], weights [K], picture)] along its path, final picture): x_0 as predicted
-    at eight times and the final picture; under them the router's p(k | x_t, t, c) over time, stacked, and below that the experts that
-    were used.
+    """A picture for teaching. For each image (title, [(t, p [K], weights [K])] along its path, [(t, picture)]): the pictures, x_0 as
+    predicted and at last the sample; under them the router's p(k | x_t, t, c) over time, stacked, and below that the experts in use.
     """
-    side = max(64, rows[0][2].shape[0])
+    side = max(64, rows[0][2][0][1].shape[0])
     gap, line, band, used = 4, 18, 40, 10
     width = (COLUMNS + 1) * (side + gap)
     height = line + side + gap + band + used + 3 * gap
+    names = width // 64     # in a line of the legend
+    begin = (1 + -(-K // names)) * line + gap
     font, colours = ImageFont.load_default(12), [COLOURS[k % len(COLOURS)] for k in range(K)]
-    sheet = Image.new("RGB", (width + gap, 3 * line + len(rows) * height), "white")
+    sheet = Image.new("RGB", (width + gap, begin + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 2), "x_0 as predicted at time t, and the sample; below, from noise to data: p(k | x_t, t, c), and the experts in use", "black", font)
     for k in range(K):
-        draw.text((gap + k * 64, 2 + line), f"expert {k}", colours[k], font)
-    for r, (title, path, final) in enumerate(rows):
-        top = 2 * line + r * height
-        draw.text((gap, top + 2), title, "black", font)
-        shown = [path[round(i * (len(path) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]
-        for i, (when, picture) in enumerate([(f"t = {t:.2f}", picture) for t, _, _, picture in shown] + [("sample", final)]):
+        draw.text((gap + k % names * 64, 2 + (1 + k // names) * line), f"expert {k}", colours[k], font)
+    for r, (title, path, pictures) in enumerate(rows):
+        top = begin + r * height
+        draw.text((gap, top), title, "black", font)
+        for i, (t, picture) in enumerate(pictures):
             x, y = gap + i * (side + gap), top + line
             sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (x, y))
-            draw.text((x + 3, y + side - 15), when, "white", font, stroke_width=1, stroke_fill="black")
+            draw.text((x + 3, y + side - 15), f"t = {t:.2f}" if t else "sample", "white", font, stroke_width=1, stroke_fill="black")
         y = top + line + side + gap
         times = [t for t, *_ in path] + [0.0]
-        for i, (t, p, weights, _) in enumerate(path):       # from its own time to the next one's
+        for i, (t, p, weights) in enumerate(path):      # from its own time to the next one's
             x = [gap + round((1 - t) * (width - gap)) for t in times[i:i + 2]]
             for shares, low, tall in ((p, y, band), (weights, y + band + gap // 2, used)):
                 edge = 0.0
@@ -149,11 +149,17 @@ def main():
     settings = config.sample
     strategy, _ = check_strategy(settings.strategy)
     if args.monolith:
+        if "sample.strategy" in given:
+            raise UserError(f"--monolith is one model: it takes no --strategy {settings.strategy}")
         settings.strategy = strategy = "full"
     if min(args.n, args.batch) < 1:
         raise UserError(f"--n {args.n} and --batch {args.batch} must be at least 1")
-    if settings.cfg_low > settings.cfg_high:
-        raise UserError(f"guidance from cfg_low {settings.cfg_low} to cfg_high {settings.cfg_high} is nowhere: 0 <= cfg_low <= cfg_high <= 1")
+    if not 0 <= args.seed < 2 ** 63 - args.n:
+        raise UserError(f"--seed {args.seed} must be from 0 to 2^63")
+    if not settings.cfg_low <= settings.cfg_high <= 1:
+        raise UserError(f"guidance from cfg_low {settings.cfg_low} to cfg_high {settings.cfg_high} must be 0 <= cfg_low <= cfg_high <= 1")
+    if settings.route_epsilon >= 1:
+        raise UserError(f"route_epsilon {settings.route_epsilon} must be less than 1")
     if os.path.splitext(args.out)[1].lower() in (".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {args.out}: give a name that ends in .png, or a folder")
     if args.negative_prompt and settings.cfg == 1:
@@ -166,6 +172,8 @@ def main():
     times = flow.time_grid(settings.steps, team.shift(settings))
     space = open_space(team, config, given, device)
     captions, conditions, negative = read_conditions(args, team.config, space)
+    if conditions is None:
+        settings.cfg = 1.0      # nothing to be guided to
     space.forget("text")            # it may be larger than an expert
     space.network("autoencoder")    # the wrong one is refused now, not after the work
     files, grid = not args.out.lower().endswith(".png"), args.out
@@ -239,9 +247,11 @@ def main():
             if not files or job < GRID:
                 pictures[job] = picture
         if shown:
-            predicted = [space.pictures(x_0).cpu().numpy() for *_, x_0 in trace]
+            columns = [trace[round(i * (len(trace) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]
+            predicted = [space.pictures(x_0).cpu().numpy() for *_, x_0 in columns]
             for i, row in enumerate(shown):
-                routing[batch[row]] = [(now, p[i], w[i], x_0[i]) for (now, p, w, _), x_0 in zip(trace, predicted)]
+                routing[batch[row]] = ([(now, p[i], w[i]) for now, p, w, _ in trace],
+                                       [(now, x_0[i]) for (now, *_), x_0 in zip(columns, predicted)] + [(0, pictures[batch[row]])])
     bar.close()
 
     seconds = max(gather(time.monotonic() - since))
@@ -259,7 +269,7 @@ def main():
                      ).save(temporary, "PNG", pnginfo=info(" | ".join(captions), args.seed))
     if routing:
         name = os.path.join(folder, "routing.png") if files else f"{grid[:-4]}.routing.png"
-        rows = [(f"{captions[jobs[j][0]]}  seed {jobs[j][1]}".strip(), routing[j], pictures[j]) for j in sorted(routing)]
+        rows = [(f"{captions[jobs[j][0]]}  seed {jobs[j][1]}".strip(), *routing[j]) for j in sorted(routing)]
         with atomic(name) as temporary:
             routing_picture(rows, team.K).save(temporary, "PNG")
         print(f"routing and predictions of {len(rows)} pictures in {name}")

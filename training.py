@@ -174,6 +174,7 @@ class State:
             return False
         with open(os.path.join(newest[0], "state.json")) as f:
             state = json.load(f)
+        state["identity"].setdefault("flow.path", "linear")     # checkpoints from before there was a choice
         if state["identity"] != self.identity:
             raise UserError(f"{newest[0]} was made with other settings (there / now: {differences(state['identity'], self.identity)}): "
                             f"use those, or delete {self.folder} to start anew")

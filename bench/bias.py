@@ -45,7 +45,7 @@ def draw(folder, images):
             tar.add(f"{i:06d}.txt", caption.encode())
 
 
-def train(run, steps):
+def train(run):
     python = lambda *args: subprocess.Popen([sys.executable, *args], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     jobs = [["train_expert.py", "--run", run, "--shard", str(k)] for k in range(4)] + [["train_router.py", "--run", run]]
     while jobs:     # two at a time, a core each
@@ -82,7 +82,7 @@ def main():
     subprocess.run([sys.executable, "cluster.py", "--data", f"{data}/*.tar", "--run", run, "--config", "configs/demo.toml", "--data.condition", "none",
                     "--train.steps", str(args.steps), "--train.decay", str(args.steps // 2), "--train.router.steps", str(args.steps // 2),
                     "--train.router.decay", str(args.steps // 4)], cwd=ROOT, check=True)
-    train(run, args.steps)
+    train(run)
     clusters = load_file(os.path.join(run, "clusters.safetensors"))
     truth = clusters["counts"] / clusters["counts"].sum()
     chance = np.mean([np.abs(np.random.default_rng(i).multinomial(args.samples, truth) / args.samples - truth).sum() / 2 for i in range(2000)])

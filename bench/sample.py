@@ -5,7 +5,7 @@
     python bench/sample.py --preset DiT-XL/2 --router DiT-B/2 --size 32 --batch 8 --resident 1 2 --steps 10
 
 Each image belongs to an expert drawn at random, of all alike, that the router (which is run, and then overruled) is sure of along the
-whole path. A ratio is the median over turns, in which the monolith and the strategies take turns. One expert is warmed up before.
+whole path. A ratio is the median over rounds, in which the monolith and the strategies take turns, after one step of each to load and warm up.
 """
 import argparse
 import os

@@ -140,6 +140,19 @@ def test_a_prediction_one_percent_off_stays_harmless_at_both_ends(objective, pat
         assert error < (1.3 if blind else 0.25), (time, error)
 
 
+def test_a_wrong_eps_near_noise_makes_no_x_0_beyond_the_bound():
+    x_0, eps, t = points(256, 4).clamp(-1, 1), points(256, 4, seed=1), torch.full((256,), 0.94, dtype=torch.float64)
+    v = flow.to_velocity(1.3 * eps, flow.interpolate(x_0, eps, t), t, "eps", bound=1)
+    assert (1.3 * eps - v).abs().max() == pytest.approx(1)     # v = eps - x_0
+    assert (1.3 * eps - flow.to_velocity(1.3 * eps, flow.interpolate(x_0, eps, t), t, "eps")).abs().max() > 5
+
+
+def test_x0_loss_is_bounded_where_its_weight_is_not():
+    x_0, eps, t = points(3, 4), points(3, 4, seed=1), torch.tensor([0.05, 0.01, 0.0], dtype=torch.float64)
+    loss = flow.expert_loss(lambda *_: x_0 + 0.1, x_0, None, t, eps, "x0")
+    torch.testing.assert_close(loss, torch.full((3,), (0.1 / 0.05) ** 2), rtol=1e-5, atol=0)
+
+
 def test_logit_normal_times_have_the_normal_quantiles():
     u = torch.tensor([0.1587, 0.5, 0.8413])       # -1, 0 and 1 standard deviations
     torch.testing.assert_close(flow.sample_time(u, "logit-normal"), torch.sigmoid(torch.tensor([-1.0, 0, 1])), rtol=1e-3, atol=1e-3)
@@ -250,6 +263,12 @@ def test_strategies_are_read():
         [("full", 0), ("once", 0), ("top", 12), ("sample", 2), ("oracle", 0), ("threshold", 0.05), ("nucleus", 1.0)]
 
 
+def test_a_router_whose_answer_is_no_number_does_not_go_unnoticed():
+    p = torch.tensor([[0.5, 0.5], [math.nan, math.nan]])
+    with pytest.raises(AssertionError, match="not finite"):
+        flow.ensemble(flow.choose(("full", 0), p), lambda k, x, t: x, torch.ones(2, 3), torch.ones(2))
+
+
 def test_ensemble_runs_each_chosen_expert_once_on_its_own_samples_only():
     calls = []
     x, t = torch.arange(6.0)[:, None], torch.linspace(0, 1, 6)
@@ -303,6 +322,14 @@ def test_solvers_converge_at_their_order_to_the_closed_form_of_a_gaussian_s_flow
     rate = math.log2(error(128) / error(256))
     assert order - 0.25 < rate < order + 0.35
     assert error(256) < {1: 0.05, 2: 0.002}[order]
+
+
+def test_ab2_is_exact_for_a_velocity_linear_in_t_on_any_grid():
+    """But for the first step, which is Euler's."""
+    times = torch.tensor([1, 0.9, 0.5, 0.45, 0.1, 0], dtype=torch.float64)
+    x = torch.zeros(1, dtype=torch.float64)
+    *_, x = flow.integrate(lambda x, t: x * 0 + t, x, times, "ab2")
+    assert x.item() == pytest.approx(-0.1 * 1.0 - 0.9 ** 2 / 2)
 
 
 def test_exact_flow_takes_noise_to_the_data():

@@ -85,6 +85,7 @@ def test_a_misspelt_key_in_the_config_and_on_the_command_line(tars, tmp_path):
     (tmp_path / "x.toml").write_text("[data]\nsise = 8\n")
     refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", tmp_path / "x.toml", says=["data.sise", "data.size"])
     refused("train_expert.py", "--shard", 0, "--train.stps", 5, says=["unknown argument --train.stps", "did you mean --train.steps?"])
+    refused("cluster.py", "--data", tars / "*.tar", "--steps", 7, says=["unknown argument --steps"])       # sample.py's alone
     refused("train_expert.py", "--shard", 0, "--train.lr", "fast", says=["train.lr = 'fast' is not a number"])
     refused("train_expert.py", says=["--shard"])
 
@@ -180,6 +181,17 @@ def test_models_that_do_not_fit_together(trained, tmp_path):
     refused("sample.py", "--run", run, "--prompt", "x", says=["different shifts (0: 1.0, 1: 3.0, 2: 1.0)", "--shift"])
 
 
+def test_models_that_do_not_belong(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    path = run / "experts" / "1.safetensors"
+    network, info = models.load(path)
+    info.pop("model")
+    models.save(path, network.config, network.state_dict(), **info | {"path": "cubic"})
+    refused("sample.py", "--run", run, "--prompt", "x", "--require-all", says=["1.safetensors has path = 'cubic'", "linear, cosine, ddpm"])
+    (run / "experts" / "7.safetensors").write_bytes(b"garbage")
+    refused("sample.py", "--run", run, "--prompt", "x", says=["7.safetensors does not belong", "3 clusters"])
+
+
 def test_a_run_of_damaged_models(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     for k in range(3):
@@ -198,6 +210,10 @@ def test_wrong_wishes_of_sample(trained, tmp_path):
                         (["--prompt", "x", "--router-temperature", 0], ["sample.router_temperature = 0.0 must be"]),
                         (["--prompt", "x", "--negative-prompt", "y", "--cfg", 1], ["--negative-prompt needs guidance"]),
                         (["--prompt", "x", "--cfg-low", 0.8, "--cfg-high", 0.2], ["cfg_low 0.8", "cfg_high 0.2"]),
+                        (["--prompt", "x", "--cfg-high", 5], ["cfg_high 5.0", "<= 1"]),
+                        (["--prompt", "x", "--route-epsilon", 3], ["route_epsilon 3.0"]),
+                        (["--prompt", "x", "--monolith", "--strategy", "once"], ["--monolith", "no --strategy once"]),
+                        (["--prompt", "x", "--seed", 2 ** 64], ["--seed 18446744073709551616"]),
                         (["--class", 3], ["condition = text", "--prompt"]),
                         ([], ["--prompt TEXT"]),
                         (["--prompt", "x", "--n", 0], ["--n 0"]),

@@ -13,7 +13,7 @@ from PIL import Image
 import flow
 import model as models
 import sample as script
-from common import make_config
+from common import UserError, make_config
 from ensemble import Ensemble
 
 CPU = torch.device("cpu")
@@ -115,6 +115,17 @@ def test_oracle_and_labels_are_those_experts_alone(mixed):
     for k in range(3):
         alone, _ = draw(team, strategy=f"oracle-{k}")
         same(alone[labels == k], x[labels == k])
+
+
+def test_a_velocity_can_teach_a_student_and_a_label_without_an_expert_is_named(mixed, tmp_path):
+    run = copy(mixed, tmp_path)
+    os.remove(run / "experts" / "2.safetensors")
+    team, (x, _), c = Ensemble(run, CPU), start(), condition()
+    student = torch.nn.Parameter(torch.zeros_like(x))
+    torch.nn.functional.mse_loss(student, team.velocity(settings(), c, labels=torch.tensor([0, 1, 1, 0]))(x, 0.5)).backward()
+    assert student.grad.abs().max() > 0 and not any(p.requires_grad for p in team.expert(0).parameters())
+    with pytest.raises(UserError, match="labels 2: there are experts for 0, 1 of 3 clusters"):
+        team.velocity(settings(), c, labels=torch.tensor([0, 2, 1, 0]))
 
 
 def test_temperature_divides_the_router_s_logits(mixed):
@@ -226,11 +237,11 @@ def test_the_router_is_off_for_a_sample_once_it_is_sure(mixed):
 def test_guidance_interval_runs_one_branch_outside_and_leaves_the_inside_alone(mixed):
     team = Ensemble(mixed, CPU)
     batches = counted(team)
-    velocity = team.velocity(settings(cfg_low=0.3, cfg_high=0.7), condition())
+    velocity = team.velocity(settings(cfg_low=0.3, cfg_high=0.7), condition())      # times as a grid has them, with their rounding
     plain, guided = team.velocity(settings(cfg=1.0), condition()), team.velocity(settings(), condition())
     x, _ = start()
-    for time in (1.0, 0.71, 0.7, 0.5, 0.3, 0.29, 0.0):
-        same(velocity(x, time), (guided if 0.3 <= time <= 0.7 else plain)(x, time))
+    for time in flow.time_grid(10).tolist():
+        same(velocity(x, time), (guided if 0.29 < time < 0.71 else plain)(x, time))
     batches.clear()
     team.velocity(settings(cfg_high=0.5), condition())(x, 0.6)
     assert batches[0] == batches[1] == batches[2] == [4]
@@ -312,6 +323,7 @@ def test_bf16_weights_give_nearly_the_pictures_of_fp32(mixed):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_models_give_the_same_pictures(mixed):
+    torch._dynamo.utils.counters.clear()
     plain, _ = draw(Ensemble(mixed, CPU), 2, strategy="once")
     team = Ensemble(mixed, CPU, compile=True)
     compiled, _ = draw(team, 2, strategy="once")
@@ -355,23 +367,29 @@ def test_more_ranks_than_pictures(mixed, tmp_path):
 
 
 def test_the_end_says_what_it_cost(mixed, tmp_path):
-    expert, router = (models.load(mixed / name)[0].flops() for name in ("experts/1.safetensors", "router.safetensors"))
+    first, expert, third, router = (models.load(mixed / name)[0].flops() for name in
+                                    ("experts/0.safetensors", "experts/1.safetensors", "experts/2.safetensors", "router.safetensors"))
     said = lambda *flags: re.search(r"per sample: ([\d.]+) of experts, ([\d.]+) of the router; (\S+) GFLOPs per image; \S+ images/s",
                                     sample(mixed, tmp_path / "x.png", *flags).stdout).groups()
     assert said("--strategy", "full")[:2] == ("24.0", "4.0")
+    assert float(said("--strategy", "full")[2]) == pytest.approx((8 * (first + expert + third) + 4 * router) / 1e9, rel=1e-3)
     assert said("--strategy", "top-1", "--cfg-routing", "own", "--solver", "heun")[:2] == ("14.0", "14.0")
     assert said("--strategy", "once", "--solver", "ab2", "--cfg", 1)[:2] == ("4.0", "1.0")
     experts, routers, gflops = said("--strategy", "oracle-1", "--show-routing")
     assert (experts, routers) == ("8.0", "0.0") and float(gflops) == pytest.approx(8 * expert / 1e9, rel=1e-3)
     assert float(said("--strategy", "top-1", "--route-every", 2, "--route-epsilon", 0)[1]) == 2
     assert said("--monolith")[:2] == ("8.0", "0.0")
-    assert router
 
 
-def test_shift_moves_the_times_of_the_solver(mixed, tmp_path):
-    for name, flags in (("a", []), ("b", ["--shift", 1.0]), ("c", ["--shift", 3.0])):
-        sample(mixed, tmp_path / name, *flags)
-    assert np.array_equal(pictures(tmp_path / "a"), pictures(tmp_path / "b"))       # 1: as the experts were trained
+def test_shift_moves_the_times_of_the_solver_and_is_the_experts_own_by_default(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    for path in run.rglob("[0-9].safetensors"):
+        network, info = models.load(path)
+        info.pop("model")
+        models.save(path, network.config, network.state_dict(), **info | {"shift": 3.0})
+    for name, flags in (("a", []), ("b", ["--shift", 3.0]), ("c", ["--shift", 1.0])):
+        sample(run, tmp_path / name, *flags)
+    assert np.array_equal(pictures(tmp_path / "a"), pictures(tmp_path / "b"))
     assert np.abs(pictures(tmp_path / "a") - pictures(tmp_path / "c")).max() > 1
 
 
@@ -414,7 +432,9 @@ def test_the_monolith_samples_from_its_own_file(trained, tmp_path):
     run = copy(trained, tmp_path)
     for k in range(3):
         os.remove(run / "experts" / f"{k}.safetensors")
-    sample(run, tmp_path / "all", "--monolith", "--strategy", "top-2")      # a run's config may say so
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace('strategy = "top-1"', 'strategy = "top-2"'))      # is the ensemble's
+    sample(run, tmp_path / "all", "--monolith")
     assert len(pictures(tmp_path / "all")) == 6 and Image.open(tmp_path / "all" / "0000.png").text["strategy"] == "monolith"
 
 
@@ -435,8 +455,8 @@ def test_show_routing_writes_a_picture_and_changes_nothing_else(mixed, tmp_path)
 def test_routing_picture_shows_the_probabilities_as_heights_and_the_times_as_widths():
     final = np.full((8, 8, 3), 200, np.uint8)
     # t from 1 to 0.75: 1/4 and 3/4; from there to 0: the second expert alone
-    path = [(1.0, [0.25, 0.75], [0.0, 1.0], final), (0.75, [0.0, 1.0], [0.0, 1.0], final)]
-    sheet = np.asarray(script.routing_picture([("title", path, final)], 2)).astype(int)
+    path = [(1.0, [0.25, 0.75], [0.0, 1.0]), (0.75, [0.0, 1.0], [0.0, 1.0])]
+    sheet = np.asarray(script.routing_picture([("title", path, [(0.0, final)])], 2)).astype(int)
     near = lambda colour: (np.abs(sheet - np.array(Image.new("RGB", (1, 1), colour))[0, 0]).max(2) == 0)
     first, second = near(script.COLOURS[0])[40:], near(script.COLOURS[1])[40:]      # without the legend
     width = sheet.shape[1]
