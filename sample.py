@@ -126,6 +126,22 @@ def routing_picture(rows, K):
     return sheet
 
 
+def png_info(args, settings, prompt, seed, share=None):
+    """Text chunks that say how a picture was made; share [K]: of each expert in it."""
+    values = {"prompt": prompt, "seed": seed, "strategy": "monolith" if args.monolith else settings.strategy, "guidance": settings.cfg,
+              "steps": settings.steps, "solver": settings.solver, "software": "nanoDDM"}
+    if args.negative_prompt:
+        values["negative prompt"] = args.negative_prompt
+    if share and not args.monolith:
+        values["experts"] = " ".join(f"{k}:{s:.2f}" for k, s in enumerate(share) if s >= 0.005)
+    values |= {key: value for key, value in vars(settings).items()      # what else makes another picture
+               if value != CONFIG["sample"][key][0] and key not in ("steps", "solver", "cfg", "strategy", "resident", "compile")}
+    chunks = PngInfo()
+    for key, value in values.items():
+        chunks.add_text(key, str(value))
+    return chunks
+
+
 def main():
     parser = make_parser(__doc__, ["sample"])
     group = parser.add_argument_group("what to draw")
@@ -204,20 +220,6 @@ def main():
         order = sorted(expert, key=lambda job: (expert[job], job))
         mine = order[len(order) * ranks.rank // ranks.world:len(order) * (ranks.rank + 1) // ranks.world]
 
-    def info(prompt, seed, share=None):
-        chunks = PngInfo()
-        values = {"prompt": prompt, "seed": seed, "strategy": "monolith" if args.monolith else settings.strategy, "guidance": settings.cfg,
-                  "steps": settings.steps, "solver": settings.solver, "software": "nanoDDM"}
-        if args.negative_prompt:
-            values["negative prompt"] = args.negative_prompt
-        values |= {key: value for key, value in vars(settings).items()      # what else makes another picture
-                   if value != CONFIG["sample"][key][0] and key not in ("steps", "solver", "cfg", "strategy", "resident", "compile")}
-        if share and not args.monolith:
-            values["experts"] = " ".join(f"{k}:{s:.2f}" for k, s in enumerate(share) if s >= 0.005)
-        for key, value in values.items():
-            chunks.add_text(key, str(value))
-        return chunks
-
     pictures, shares, routing = {}, {}, {}      # of each job
     bar = progress(desc="sampling", total=len(mine) * calls, unit="forwards")
     for batch in batches(mine, args.batch, expert):
@@ -243,7 +245,7 @@ def main():
             shares[job] = share
             if files:
                 with atomic(os.path.join(folder, f"{job:04d}.png")) as temporary:
-                    Image.fromarray(picture).save(temporary, "PNG", pnginfo=info(captions[p], seed, share))
+                    Image.fromarray(picture).save(temporary, "PNG", pnginfo=png_info(args, settings, captions[p], seed, share))
             if not files or job < GRID:
                 pictures[job] = picture
         if shown:
@@ -266,7 +268,7 @@ def main():
     with atomic(grid) as temporary:
         picture_grid([[pictures[j] for j in row] for row in cut], captions[:len(cut)] if conditions is not None else None,
                      None if args.monolith else [[frames[j] for j in row] for row in cut]
-                     ).save(temporary, "PNG", pnginfo=info(" | ".join(captions), args.seed))
+                     ).save(temporary, "PNG", pnginfo=png_info(args, settings, " | ".join(captions), args.seed))
     if routing:
         name = os.path.join(folder, "routing.png") if files else f"{grid[:-4]}.routing.png"
         rows = [(f"{captions[jobs[j][0]]}  seed {jobs[j][1]}".strip(), *routing[j]) for j in sorted(routing)]
@@ -278,7 +280,7 @@ def main():
           + (f" (the first {len(pictures)} in its grid.png)" if len(pictures) < len(jobs) else "")
           + ("" if args.monolith else "; experts used: " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(share))))
     print(f"forwards per sample: {by_experts / len(jobs):.1f} of experts, {by_router / len(jobs):.1f} of the router; "
-          f"{flops / len(jobs) / 1e9:.4g} GFLOPs per image; {len(jobs) / seconds:.3g} images/s")
+          f"{flops / len(jobs) / 1e9:.4g} GFLOPs per image; {len(jobs) / seconds:.3g} images/s, with the time to load the experts")
 
 
 if __name__ == "__main__":
