@@ -1,21 +1,39 @@
 """Are the pictures the same however they are made? All experts resident against --resident 1, 2 ranks and small batches; peak memory of each.
 
     python bench/same.py runs/demo --prompts runs/demo/prompts.txt
+    python bench/same.py runs/demo --prompts runs/demo/prompts.txt --preset DiT-B/2 --n 1 --steps 4        # memory worth looking at
 
-For memory worth looking at, a run of large experts, hardly trained: any clustered run, and on a copy of it
-    for k in 0 1 2 3; do python train_expert.py --run COPY --shard $k --model.preset DiT-B/2 --train.steps 2 --train.warmup 0 --train.sample_every 0; done
+--preset: on a copy of the run whose experts are of that size, with random weights.
 """
 import argparse
 import glob
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import model as models
+
+
+def enlarge(run, preset, copy):
+    """A copy of what sampling needs of a run, its experts of another size and with random weights."""
+    os.makedirs(os.path.join(copy, "experts"))
+    for name in ("config.toml", "router.safetensors"):
+        shutil.copy(os.path.join(run, name), copy)
+    torch.manual_seed(0)
+    for path in glob.glob(os.path.join(run, "experts", "[0-9]*.safetensors")):
+        info = models.read_info(path)
+        network = models.build(models.ModelConfig(**info.pop("model") | models.PRESETS[preset]))
+        torch.nn.init.normal_(network.head.weight, std=0.02)        # zero at first: no picture
+        models.save(os.path.join(copy, "experts", os.path.basename(path)), network.config, network.state_dict(), **info)
+    return copy
 
 
 def sample(run, out, flags, ranks=1):
@@ -42,26 +60,33 @@ def sample(run, out, flags, ranks=1):
     return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(f"{out}/[0-9]*.png"))]), said.splitlines()[-1], peak, anonymous
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
-    parser.add_argument("--prompts", required=True)
-    parser.add_argument("--n", default="4")
-    parser.add_argument("--steps", default="50")
-    parser.add_argument("--strategies", nargs="+", default=["top-1", "once", "sample-1"])
-    args = parser.parse_args()
+def compare(run, args):
     for strategy in args.strategies:
         common = ["--prompts", os.path.abspath(args.prompts), "--n", args.n, "--steps", args.steps, "--strategy", strategy]
         with tempfile.TemporaryDirectory() as folder:
             first = None
             for name, flags, ranks in (("all resident", [], 1), ("--resident 1", ["--resident", "1"], 1), ("2 ranks", [], 2), ("--batch 7", ["--batch", "7"], 1),
                                        ("bf16", ["--precision", "bf16"], 1)):
-                made, said, peak, anonymous = sample(args.run, os.path.join(folder, name.replace(" ", "-")), common + flags, ranks)
+                made, said, peak, anonymous = sample(run, os.path.join(folder, name.replace(" ", "-")), common + flags, ranks)
                 first = made if first is None else first
                 off = np.abs(made - first)
                 memory = "" if ranks > 1 else f"; peak {peak} MiB, {anonymous} without mapped files"
                 print(f"{strategy:9s} {name:13s} {len(made)} pictures: {(off <= 2).mean():.4%} of values within 2/255, largest difference {off.max()}{memory}; "
                       f"{said.rpartition('; ')[2]}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--n", default="4")
+    parser.add_argument("--steps", default="50")
+    parser.add_argument("--strategies", nargs="+", default=["top-1", "once", "sample-1"])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = enlarge(args.run, args.preset, os.path.join(folder, "run")) if args.preset else args.run
+        compare(run, args)
 
 
 if __name__ == "__main__":
