@@ -14,6 +14,7 @@ python cluster.py --data 'data/shapes/*.tar' --run $RUN --config configs/demo.to
 
 # 2. Train the experts. They never talk to each other, so here two run at a time, a core each; on four nodes it would be a line each.
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT     # should one fail, do not leave the other behind
+THREADS=${OMP_NUM_THREADS:-}
 export OMP_NUM_THREADS=1
 python train_expert.py --run $RUN --shard 0 &
 python train_expert.py --run $RUN --shard 1
@@ -21,7 +22,7 @@ wait $!
 python train_expert.py --run $RUN --shard 2 &
 python train_expert.py --run $RUN --shard 3
 wait $!
-unset OMP_NUM_THREADS
+if [ "$THREADS" ]; then export OMP_NUM_THREADS=$THREADS; else unset OMP_NUM_THREADS; fi
 
 # 3. Train the router: which expert does a noisy picture belong to?
 python train_router.py --run $RUN
@@ -32,8 +33,8 @@ for colour in red green blue yellow purple white; do
 done > $RUN/prompts.txt
 python sample.py --run $RUN --prompts $RUN/prompts.txt --n 4 --out $RUN/samples/demo
 
-# Look inside: what is predicted along the path, and what the router says. "a circle" names no colour, so it is the noise that decides.
-python sample.py --run $RUN --prompt "a circle" --prompt "a red circle" --n 3 --strategy full --show-routing --out $RUN/samples/routing
+# Look inside: what is predicted along the path, and what the router says. Without a prompt it is the noise that decides.
+python sample.py --run $RUN --prompt "" --prompt "a red circle" --n 3 --strategy full --show-routing --out $RUN/samples/routing
 
 # 5. Does each picture show what its prompt says? (A check by colour and shape that shares no code with the drawing.)
 python bench/check_shapes.py $RUN/samples/demo --least 0.95 0.8

@@ -69,8 +69,11 @@ class Ensemble:
                 self.infos[k] = _info(path)
             except UserError as error:
                 unreadable[k] = str(error)
+                continue
+            if (shard := self.infos[k]["shard"]) != ("all" if monolith else str(k)):
+                raise UserError(f"{path} was trained on shard {shard}: name it {shard}.safetensors")
         if len(unreadable) == len(self.paths):
-            raise UserError(next(iter(unreadable.values())))
+            raise UserError("; ".join(unreadable.values()))
         self.K = max(self.paths) + 1        # without a router to say how many clusters there are
         router = os.path.join(run, "router.safetensors")
         if routed := not monolith and os.path.exists(router):
@@ -98,7 +101,7 @@ class Ensemble:
             text = (f"no {'usable ' if why else ''}expert for cluster{'s' * (len(self.missing) > 1)} {', '.join(map(str, self.missing))} of {self.K}"
                     + (f" ({why})" if why else ""))
             if require_all:
-                raise UserError(f"{text}: copy what is missing to {folder}, or go on with the others without --require-all")
+                raise UserError(f"{text}: bring them to {folder}, or go on with the others without --require-all")
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {text}: left out, the weights of the others renormalised", file=sys.stderr)
         if routed and len(self.paths) > 1:       # a single expert needs nobody to choose it
@@ -149,8 +152,10 @@ class Ensemble:
     def check(self, settings):
         """UserError if this ensemble cannot be sampled from with `settings`, [sample] of a config."""
         name, number = check_strategy(settings.strategy)
-        if name in ("top", "sample") and number > self.K or name == "oracle" and number not in self.paths:
-            raise UserError(f"strategy {settings.strategy!r}: there are {self.K} clusters, with experts for {', '.join(map(str, self.paths))}")
+        if name in ("top", "sample") and number > self.K:
+            raise UserError(f"strategy {settings.strategy!r} asks for {number} experts of {self.K}")
+        if name == "oracle" and number not in self.paths:
+            raise UserError(f"strategy {settings.strategy!r}: there is no expert {number}, but {', '.join(map(str, self.paths))}")
         if name != "oracle" and self.router is None and len(self.paths) > 1:
             raise UserError(f"{self.run}/router.safetensors is missing: train it with train_router.py --run {self.run}, or copy it there")
 
@@ -175,6 +180,7 @@ class Velocity:
     """velocity(x_t [B,C,S,S], time float) -> v: the ensemble under one strategy, guided. Calls must follow one path from t = 1 on.
 
     used [B,K]: the weights of the experts (of the conditional branch), added up over the calls; weights [B,K]: the last call's.
+    alone: how many forwards a sample would have taken of a single expert.
     """
 
     def __init__(self, team, settings, c, c_null, u, labels):
@@ -188,6 +194,7 @@ class Velocity:
         elif gone := sorted(set(torch.as_tensor(labels).flatten().tolist()) - team.paths.keys()):
             raise UserError(f"labels {', '.join(map(str, gone))}: there are experts for {', '.join(map(str, team.paths))} of {team.K} clusters")
         self.team, self.settings, self.c, self.calls, self.used = team, settings, c, 0, 0
+        self.alone = 0
         self.c_null = models.null_condition(team.config, c) if c_null is None else c_null
         self.route = _Route(team, settings, c, u, labels)
         own = settings.cfg_routing == "own" and not self.route.kept
@@ -203,7 +210,7 @@ class Velocity:
         if guided:      # both branches as one batch of 2B
             w_null = self.route_null(x_t, t, self.calls) if self.route_null else w
             x_t, t, c, w = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, self.c_null]), torch.cat([w, w_null])
-        self.calls += 1
+        self.calls, self.alone = self.calls + 1, self.alone + 1 + guided
         # experts on the device go first, before others take their place
         order = sorted(range(self.team.K), key=lambda k: k not in self.team.loaded)
         v = flow.ensemble(w, self.team.expert_velocity, x_t, t, c, order=order)

@@ -149,7 +149,7 @@ def parse_strategy(text):
         return name, int(number)
     if name in ("threshold", "nucleus") and re.fullmatch(r"\d*\.?\d+", number) and float(number) <= 1:
         return name, float(number)
-    raise ValueError(f"strategy {text!r} is not one of {STRATEGIES} (N a whole number, P at most 1)")
+    raise ValueError(f"strategy {text!r} is not one of {STRATEGIES} (N a whole number, but for oracle from 1; P from 0 to 1)")
 
 
 def choose(strategy, p, u=None):

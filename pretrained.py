@@ -18,7 +18,9 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
+import sys
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -116,7 +118,10 @@ class Space:
         """list of captions -> c: word numbers [B,L], or token features [B,L,E] f16. An empty caption is all zeros, no condition."""
         if text := self.network("text"):
             return text.encode(texts)
-        return torch.stack([hash_words(text, self.config.text.length, self.config.text.vocab) for text in texts])
+        length = self.config.text.length
+        if longer := sum(len(re.findall(r"\w+", text)) > length for text in texts):
+            print(f"warning: {longer} of {len(texts)} captions are longer than text.length = {length} words: cut", file=sys.stderr)
+        return torch.stack([hash_words(text, length, self.config.text.vocab) for text in texts])
 
 
 # ---- the cache ----------------------------------------------------------------------------------------------------

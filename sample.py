@@ -102,7 +102,7 @@ def routing_picture(rows, K):
     font, colours = ImageFont.load_default(12), [COLOURS[k % len(COLOURS)] for k in range(K)]
     sheet = Image.new("RGB", (width + gap, begin + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 2), "x_0 as predicted at time t, and the sample; below, from noise to data: p(k | x_t, t, c), and the experts in use", "black", font)
+    draw.text((gap, 2), "x_0 as predicted at time t, and the sample. Strips, from noise to data: p(k | x_t, t, c); thin: the experts in use", "black", font)
     for k in range(K):
         draw.text((gap + k % names * 64, 2 + (1 + k // names) * line), f"expert {k}", colours[k], font)
     for r, (title, path, pictures) in enumerate(rows):
@@ -174,6 +174,14 @@ def main():
         raise UserError(f"--seed {args.seed} must be from 0 to 2^63")
     if not settings.cfg_low <= settings.cfg_high <= 1:
         raise UserError(f"guidance from cfg_low {settings.cfg_low} to cfg_high {settings.cfg_high} must be 0 <= cfg_low <= cfg_high <= 1")
+    kept, blind = strategy in ("once", "oracle") or args.monolith, strategy == "oracle" or args.monolith
+    for why, idle, keys in ((f"--cfg {settings.cfg}", settings.cfg == 1, ("cfg_low", "cfg_high", "cfg_routing")),
+                            ("--route-every 1", settings.route_every == 1, ("route_epsilon",)),
+                            ("--monolith" if args.monolith else f"--strategy {settings.strategy}", kept, ("route_every", "route_epsilon", "cfg_routing")),
+                            ("--monolith" if args.monolith else f"--strategy {settings.strategy}", blind, ("router_temperature",))):
+        for key in keys:
+            if idle and f"sample.{key}" in given:
+                raise UserError(f"--{key.replace('_', '-')} does nothing with {why}: leave one of them out")
     if settings.route_epsilon >= 1:
         raise UserError(f"route_epsilon {settings.route_epsilon} must be less than 1")
     if os.path.splitext(args.out)[1].lower() in (".jpg", ".jpeg", ".webp"):
@@ -220,8 +228,8 @@ def main():
         order = sorted(expert, key=lambda job: (expert[job], job))
         mine = order[len(order) * ranks.rank // ranks.world:len(order) * (ranks.rank + 1) // ranks.world]
 
-    pictures, shares, routing = {}, {}, {}      # of each job
-    bar = progress(desc="sampling", total=len(mine) * calls, unit="forwards")
+    pictures, shares, routing, alone = {}, {}, {}, 0      # of each job
+    bar = progress(desc="sampling", total=len(mine) * calls, unit="steps of an image")
     for batch in batches(mine, args.batch, expert):
         x, u, c, c_null = begin(batch)
         labels = None if expert is None else torch.tensor([expert[j] for j in batch], device=device)
@@ -248,6 +256,7 @@ def main():
                     Image.fromarray(picture).save(temporary, "PNG", pnginfo=png_info(args, settings, captions[p], seed, share))
             if not files or job < GRID:
                 pictures[job] = picture
+        alone += velocity.alone * len(batch)
         if shown:
             columns = [trace[round(i * (len(trace) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]
             predicted = [space.pictures(x_0).cpu().numpy() for *_, x_0 in columns]
@@ -258,8 +267,9 @@ def main():
 
     seconds = max(gather(time.monotonic() - since))
     pictures, shares, routing = ({job: value for part in gather(found) for job, value in part.items()} for found in (pictures, shares, routing))
-    flops, by_experts, by_router = sum_over_ranks(torch.tensor(
-        [team.flops(), sum(n for k, n in team.forwards.items() if k != "router"), team.forwards["router"]], dtype=torch.float64)).tolist()
+    router = team.forwards["router"]
+    flops, by_experts, by_router, experts_flops, alone = sum_over_ranks(torch.tensor(
+        [team.flops(), team.forwards.total() - router, router, team.flops() - router * team.cost.get("router", 0), alone], dtype=torch.float64)).tolist()
     if ranks.rank:
         return
     frames = {job: max(range(team.K), key=share.__getitem__) for job, share in shares.items()}
@@ -274,13 +284,14 @@ def main():
         rows = [(f"{captions[jobs[j][0]]}  seed {jobs[j][1]}".strip(), *routing[j]) for j in sorted(routing)]
         with atomic(name) as temporary:
             routing_picture(rows, team.K).save(temporary, "PNG")
-        print(f"routing and predictions of {len(rows)} pictures in {name}")
+        print(f"routing and predictions of {'the first ' if len(rows) < len(jobs) else ''}{len(rows)} in {name}")
     share = [sum(column) / len(shares) for column in zip(*shares.values())]
-    print(f"{len(jobs)} pictures in {folder if files else grid}"
+    print(f"{len(jobs)} picture{'s' * (len(jobs) > 1)} in {folder if files else grid}"
           + (f" (the first {len(pictures)} in its grid.png)" if len(pictures) < len(jobs) else "")
-          + ("" if args.monolith else "; experts used: " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(share))))
+          + ("" if args.monolith else "; experts used (mean weight): " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(share))))
     print(f"forwards per sample: {by_experts / len(jobs):.1f} of experts, {by_router / len(jobs):.1f} of the router; "
-          f"{flops / len(jobs) / 1e9:.4g} GFLOPs per image; {len(jobs) / seconds:.3g} images/s, with the time to load the experts")
+          f"{flops / len(jobs) / 1e9:.4g} GFLOPs per image, {flops / (alone * experts_flops / by_experts):.3f} times a single expert's; "
+          f"{len(jobs) / seconds:.3g} images/s, with the time to load the experts")
 
 
 if __name__ == "__main__":

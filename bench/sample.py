@@ -50,7 +50,7 @@ def random_run(folder, preset, router, size, K):
     network = models.build(shape(preset, size))
     print(f"{preset}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters", flush=True)
     for k in ("all", *range(K)):
-        models.save(os.path.join(folder, "experts", f"{k}.safetensors"), network.config, network.state_dict(), **info)
+        models.save(os.path.join(folder, "experts", f"{k}.safetensors"), network.config, network.state_dict(), shard=str(k), **info)
     network = models.build(shape(router, size, K))
     models.save(os.path.join(folder, "router.safetensors"), network.config, network.state_dict(), **info)
 

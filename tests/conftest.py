@@ -97,6 +97,14 @@ def sample(run, out, *flags, ranks=None):
     return done
 
 
+def give(run, k, other):
+    """Makes expert k of a run that of another cluster, too."""
+    import model as models
+    network, info = models.load(run / "experts" / f"{k}.safetensors")
+    info.pop("model")
+    models.save(run / "experts" / f"{other}.safetensors", network.config, network.state_dict(), **info | {"shard": str(other)})
+
+
 def pictures(folder):
     """The single pictures that sample.py wrote, [N,H,W,3] int."""
     return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(str(folder / "[0-9]*.png")))])

@@ -188,6 +188,9 @@ def test_models_that_do_not_belong(trained, tmp_path):
     info.pop("model")
     models.save(path, network.config, network.state_dict(), **info | {"path": "cubic"})
     refused("sample.py", "--run", run, "--prompt", "x", "--require-all", says=["1.safetensors has path = 'cubic'", "linear, cosine, ddpm"])
+    models.save(path, network.config, network.state_dict(), **info | {"shard": "2"})
+    refused("sample.py", "--run", run, "--prompt", "x", says=["1.safetensors was trained on shard 2", "name it 2.safetensors"])
+    models.save(path, network.config, network.state_dict(), **info)
     (run / "experts" / "7.safetensors").write_bytes(b"garbage")
     refused("sample.py", "--run", run, "--prompt", "x", says=["7.safetensors does not belong", "3 clusters"])
 
@@ -204,14 +207,18 @@ def test_a_run_of_damaged_models(trained, tmp_path):
 
 def test_wrong_wishes_of_sample(trained, tmp_path):
     for flags, says in ((["--prompt", "x", "--strategy", "best"], ["strategy 'best'", "top-N", "full", "once"]),
-                        (["--prompt", "x", "--strategy", "top-4"], ["'top-4'", "3 clusters"]),
-                        (["--prompt", "x", "--strategy", "sample-9"], ["'sample-9'", "3 clusters"]),
-                        (["--prompt", "x", "--strategy", "oracle-3"], ["'oracle-3'", "experts for 0, 1, 2"]),
+                        (["--prompt", "x", "--strategy", "top-4"], ["'top-4' asks for 4 experts of 3"]),
+                        (["--prompt", "x", "--strategy", "sample-9"], ["'sample-9' asks for 9 experts of 3"]),
+                        (["--prompt", "x", "--strategy", "oracle-3"], ["'oracle-3': there is no expert 3, but 0, 1, 2"]),
                         (["--prompt", "x", "--router-temperature", 0], ["sample.router_temperature = 0.0 must be"]),
                         (["--prompt", "x", "--negative-prompt", "y", "--cfg", 1], ["--negative-prompt needs guidance"]),
                         (["--prompt", "x", "--cfg-low", 0.8, "--cfg-high", 0.2], ["cfg_low 0.8", "cfg_high 0.2"]),
                         (["--prompt", "x", "--cfg-high", 5], ["cfg_high 5.0", "<= 1"]),
-                        (["--prompt", "x", "--route-epsilon", 3], ["route_epsilon 3.0"]),
+                        (["--prompt", "x", "--route-epsilon", 3, "--route-every", 2], ["route_epsilon 3.0"]),
+                        (["--prompt", "x", "--route-epsilon", 0.1], ["--route-epsilon does nothing with --route-every 1"]),
+                        (["--prompt", "x", "--route-every", 2, "--strategy", "once"], ["--route-every does nothing with --strategy once"]),
+                        (["--prompt", "x", "--router-temperature", 2, "--monolith"], ["--router-temperature does nothing with --monolith"]),
+                        (["--prompt", "x", "--cfg-low", 0.2, "--cfg", 1], ["--cfg-low does nothing with --cfg 1.0"]),
                         (["--prompt", "x", "--monolith", "--strategy", "once"], ["--monolith", "no --strategy once"]),
                         (["--prompt", "x", "--seed", 2 ** 64], ["--seed 18446744073709551616"]),
                         (["--class", 3], ["condition = text", "--prompt"]),

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command, command_line, copy, pictures, sample
+from conftest import ENVIRONMENT, ROOT, command, command_line, copy, give, pictures, sample
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -372,7 +372,7 @@ def test_a_class_conditional_run_and_an_unconditional_one_work_end_to_end(tars, 
         command("cluster.py", "--data", tmp_path / "classes.tar", "--run", run, "--config", config, "--experts", 2,
                 "--data.condition", condition, "--data.classes", 7)
         command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 2)
-        shutil.copy(run / "experts" / "0.safetensors", run / "experts" / "1.safetensors")
+        give(run, 0, 1)
         command("train_router.py", "--run", run, "--train.steps", 2)
         n = 2 if flags else 11
         command("sample.py", "--run", run, *flags, "--n", n, "--steps", 2, "--out", run / "out")

@@ -25,6 +25,7 @@ import ensemble
 import flow
 import model as models
 import networks as nets
+import pretrained
 import training
 from data import draw_shape
 
@@ -252,6 +253,12 @@ def members(folder):
         with tarfile.open(path) as tar:
             found |= {m.name: tar.extractfile(m).read() for m in tar}
     return found
+
+
+def test_captions_of_too_many_words_are_cut_with_a_warning(capsys):
+    space = pretrained.Space(settings(text__length=3, text__vocab=64))
+    assert torch.equal(space.captions(["a red circle"])[0], space.captions(["a red circle in a box"])[0])
+    assert "1 of 1 captions are longer than text.length = 3 words: cut" in capsys.readouterr().err
 
 
 def test_cached_latents_and_captions_are_what_the_networks_make_of_each_sample(latent_run, networks):

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import command, copy, inside, pictures, sample
+from conftest import command, copy, give, inside, pictures, sample
 from PIL import Image
 
 import flow
@@ -82,7 +82,7 @@ def same(a, b, tolerance=1e-4):
 def test_identical_experts_are_one_expert_under_every_strategy(trained, tmp_path):
     run = spread(copy(trained, tmp_path))
     for k in (1, 2):
-        shutil.copy(run / "experts" / "0.safetensors", run / "experts" / f"{k}.safetensors")
+        give(run, 0, k)
     team = Ensemble(run, CPU)
     first, _ = draw(team, strategy="oracle-0")
     for routing in ("shared", "own"):
@@ -369,16 +369,18 @@ def test_more_ranks_than_pictures(mixed, tmp_path):
 def test_the_end_says_what_it_cost(mixed, tmp_path):
     first, expert, third, router = (models.load(mixed / name)[0].flops() for name in
                                     ("experts/0.safetensors", "experts/1.safetensors", "experts/2.safetensors", "router.safetensors"))
-    said = lambda *flags: re.search(r"per sample: ([\d.]+) of experts, ([\d.]+) of the router; (\S+) GFLOPs per image; \S+ images/s",
+    said = lambda *flags: re.search(r"per sample: ([\d.]+) of experts, ([\d.]+) of the router; (\S+) GFLOPs per image, (\S+) times a single expert's; \S+ images/s",
                                     sample(mixed, tmp_path / "x.png", *flags).stdout).groups()
     assert said("--strategy", "full")[:2] == ("24.0", "4.0")
     assert float(said("--strategy", "full")[2]) == pytest.approx((8 * (first + expert + third) + 4 * router) / 1e9, rel=1e-3)
     assert said("--strategy", "top-1", "--cfg-routing", "own", "--solver", "heun")[:2] == ("14.0", "14.0")
     assert said("--strategy", "once", "--solver", "ab2", "--cfg", 1)[:2] == ("4.0", "1.0")
-    experts, routers, gflops = said("--strategy", "oracle-1", "--show-routing")
-    assert (experts, routers) == ("8.0", "0.0") and float(gflops) == pytest.approx(8 * expert / 1e9, rel=1e-3)
+    experts, routers, gflops, times = said("--strategy", "oracle-1", "--show-routing")
+    assert (experts, routers, times) == ("8.0", "0.0", "1.000") and float(gflops) == pytest.approx(8 * expert / 1e9, rel=1e-3)
     assert float(said("--strategy", "top-1", "--route-every", 2, "--route-epsilon", 0)[1]) == 2
     assert said("--monolith")[:2] == ("8.0", "0.0")
+    mean = (first + expert + third) / 3
+    assert float(said("--strategy", "full", "--cfg-high", 0.6)[3]) == pytest.approx((3 * 6 * mean + 4 * router) / (6 * mean), rel=1e-3)    # t = 1, .75, .5, .25
 
 
 def test_shift_moves_the_times_of_the_solver_and_is_the_experts_own_by_default(trained, tmp_path):
@@ -446,8 +448,8 @@ def test_show_routing_writes_a_picture_and_changes_nothing_else(mixed, tmp_path)
     sample(mixed, tmp_path / "c.png", "--show-routing", "--strategy", "oracle-0")
     sample(mixed, tmp_path / "d.png", "--show-routing", "--monolith")
     assert np.array_equal(pictures(tmp_path / "a"), pictures(tmp_path / "b"))
-    cost = lambda done: re.search(r"forwards per sample.*image;", done.stdout)[0]
-    assert cost(a) == cost(b) and "routing and predictions of 6 pictures" in b.stdout
+    cost = lambda done: re.search(r"forwards per sample.*expert's;", done.stdout)[0]
+    assert cost(a) == cost(b) and "routing and predictions of 6 in" in b.stdout
     for path in (tmp_path / "b" / "routing.png", tmp_path / "c.routing.png", tmp_path / "d.routing.png"):
         assert Image.open(path).width > 600
 
