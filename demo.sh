@@ -34,7 +34,7 @@ done > $RUN/prompts.txt
 python sample.py --run $RUN --prompts $RUN/prompts.txt --n 4 --out $RUN/samples/demo
 
 # Look inside: what is predicted along the path, and what the router says. Without a prompt it is the noise that decides.
-python sample.py --run $RUN --prompt "" --prompt "a red circle" --n 3 --strategy full --show-routing --out $RUN/samples/routing
+python sample.py --run $RUN --prompt "" --n 4 --seed 6 --strategy full --show-routing --out $RUN/samples/routing
 
 # 5. Does each picture show what its prompt says? (A check by colour and shape that shares no code with the drawing.)
 python bench/check_shapes.py $RUN/samples/demo --least 0.95 0.8
