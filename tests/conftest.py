@@ -97,12 +97,17 @@ def sample(run, out, *flags, ranks=None):
     return done
 
 
+def rewrite(path, to=None, /, **changes):
+    """Saves a model again, its metadata changed, there or at `to`."""
+    import model as models
+    network, info = models.load(path)
+    info.pop("model")
+    models.save(to or path, network.config, network.state_dict(), **info | changes)
+
+
 def give(run, k, other):
     """Makes expert k of a run that of another cluster, too."""
-    import model as models
-    network, info = models.load(run / "experts" / f"{k}.safetensors")
-    info.pop("model")
-    models.save(run / "experts" / f"{other}.safetensors", network.config, network.state_dict(), **info | {"shard": str(other)})
+    rewrite(run / "experts" / f"{k}.safetensors", run / "experts" / f"{other}.safetensors", shard=str(other))
 
 
 def pictures(folder):

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import command, copy, give, inside, pictures, sample
+from conftest import command, copy, give, inside, pictures, rewrite, sample
 from PIL import Image
 
 import flow
@@ -386,9 +386,7 @@ def test_the_end_says_what_it_cost(mixed, tmp_path):
 def test_shift_moves_the_times_of_the_solver_and_is_the_experts_own_by_default(trained, tmp_path):
     run = copy(trained, tmp_path)
     for path in run.rglob("[0-9].safetensors"):
-        network, info = models.load(path)
-        info.pop("model")
-        models.save(path, network.config, network.state_dict(), **info | {"shift": 3.0})
+        rewrite(path, shift=3.0)
     for name, flags in (("a", []), ("b", ["--shift", 3.0]), ("c", ["--shift", 1.0])):
         sample(run, tmp_path / name, *flags)
     assert np.array_equal(pictures(tmp_path / "a"), pictures(tmp_path / "b"))
