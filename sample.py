@@ -229,7 +229,7 @@ def main():
         mine = order[len(order) * ranks.rank // ranks.world:len(order) * (ranks.rank + 1) // ranks.world]
 
     pictures, shares, routing, alone = {}, {}, {}, 0      # of each job
-    bar = progress(desc="sampling", total=len(mine) * calls, unit="steps of an image")
+    bar = progress(desc="sampling", total=len(mine) * calls, unit="image-steps")
     for batch in batches(mine, args.batch, expert):
         x, u, c, c_null = begin(batch)
         labels = None if expert is None else torch.tensor([expert[j] for j in batch], device=device)
