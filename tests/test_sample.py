@@ -73,7 +73,7 @@ def mixed(trained, tmp_path_factory):
     return run
 
 
-def same(a, b, tolerance=1e-4):
+def assert_same(a, b, tolerance=1e-4):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -88,8 +88,8 @@ def test_identical_experts_are_one_expert_under_every_strategy(trained, tmp_path
     for routing in ("shared", "own"):
         for strategy in STRATEGIES:
             x, velocity = draw(team, strategy=strategy, cfg_routing=routing)
-            same(velocity.used.sum(1), torch.full((4,), 5.0))
-            same(x, first)
+            assert_same(velocity.used.sum(1), torch.full((4,), 5.0))
+            assert_same(x, first)
 
 
 def test_full_is_the_sum_of_eq_8_with_guidance_by_hand(mixed):
@@ -102,8 +102,8 @@ def test_full_is_the_sum_of_eq_8_with_guidance_by_hand(mixed):
         own = [sum(team.route(x, t, cc)[:, k].view(-1, 1, 1, 1) * team.expert_velocity(k, x, t, cc) for k in range(3)) for cc in (c, torch.zeros_like(c))]
     shared_v = team.velocity(settings(), c)(x, 0.7)
     own_v = team.velocity(settings(cfg_routing="own"), c)(x, 0.7)
-    same(shared_v, branch[1] + 3 * (branch[0] - branch[1]))
-    same(own_v, own[1] + 3 * (own[0] - own[1]))
+    assert_same(shared_v, branch[1] + 3 * (branch[0] - branch[1]))
+    assert_same(own_v, own[1] + 3 * (own[0] - own[1]))
     assert (shared_v - own_v).abs().max() > 0.01
 
 
@@ -114,7 +114,7 @@ def test_oracle_and_labels_are_those_experts_alone(mixed):
     assert torch.equal(velocity.used, 5 * torch.nn.functional.one_hot(labels, 3).float()) and not team.forwards["router"]
     for k in range(3):
         alone, _ = draw(team, strategy=f"oracle-{k}")
-        same(alone[labels == k], x[labels == k])
+        assert_same(alone[labels == k], x[labels == k])
 
 
 def test_a_velocity_can_teach_a_student_and_a_label_without_an_expert_is_named(mixed, tmp_path):
@@ -132,10 +132,10 @@ def test_temperature_divides_the_router_s_logits(mixed):
     team = Ensemble(mixed, CPU)
     x, t, c = start()[0], torch.ones(4), condition()
     p = team.route(x, t, c)
-    same(team.route(x, t, c, 2.0), p.sqrt() / p.sqrt().sum(1, keepdim=True))
+    assert_same(team.route(x, t, c, 2.0), p.sqrt() / p.sqrt().sum(1, keepdim=True))
     assert torch.equal(draw(team, strategy="top-1", router_temperature=50.0)[0], draw(team, strategy="top-1")[0])
-    same(draw(team, strategy="full", router_temperature=1e-6)[0], draw(team, strategy="top-1")[0])
-    same(draw(team, strategy="sample-1", router_temperature=1e-6)[0], draw(team, strategy="top-1")[0])
+    assert_same(draw(team, strategy="full", router_temperature=1e-6)[0], draw(team, strategy="top-1")[0])
+    assert_same(draw(team, strategy="sample-1", router_temperature=1e-6)[0], draw(team, strategy="top-1")[0])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -145,7 +145,7 @@ def test_an_image_is_the_same_in_any_batch(mixed, strategy):
     for i in range(4):
         s, (x, u) = settings(strategy=strategy), start(1, 5, seed=i)
         *_, x = flow.integrate(team.velocity(s, condition()[i:i + 1], None, u), x, flow.time_grid(5))
-        same(x[0], whole[i])
+        assert_same(x[0], whole[i])
 
 
 def test_the_numbers_that_draw_are_the_image_s_own_and_new_at_each_step(mixed):
@@ -207,7 +207,7 @@ def test_the_router_is_asked_every_m_forwards(mixed):
         return flow.guide(*v, 3.0)
     with torch.inference_mode():
         *_, by_hand = flow.integrate(velocity, start(calls=10)[0], flow.time_grid(10))
-    same(x, by_hand)
+    assert_same(x, by_hand)
     batches.clear()
     draw(team, 10, strategy="top-1", route_every=4, route_epsilon=0.0, cfg_routing="own", cfg_high=0.95)
     assert batches["router"] == [4, 4, 4, 4, 4, 4]      # the unconditional branch at forwards 1 (the first guided one), 4 and 8
@@ -227,8 +227,8 @@ def test_the_router_is_off_for_a_sample_once_it_is_sure(mixed):
     team.route = route
     _, velocity = draw(team, 10, strategy="full", route_every=2, route_epsilon=0.001)
     assert asked == [(1.0, [0, 1, 2, 3]), (0.8, [1, 2, 3]), (0.6, [1, 2, 3]), (0.4, [1, 2, 3]), (0.2, [2, 3])]
-    same(velocity.used[0], torch.tensor([0.0, 10.0, 0.0]))     # that expert alone, though the strategy is full
-    same(velocity.used[1], torch.tensor([0.3 * 6, 0.3 * 6 + 4, 0.4 * 6]))
+    assert_same(velocity.used[0], torch.tensor([0.0, 10.0, 0.0]))     # that expert alone, though the strategy is full
+    assert_same(velocity.used[1], torch.tensor([0.3 * 6, 0.3 * 6 + 4, 0.4 * 6]))
     asked.clear()
     draw(team, 10, strategy="full")
     assert len(asked) == 10 and all(len(rows) == 4 for _, rows in asked)        # not unless route_every asks for it
@@ -241,7 +241,7 @@ def test_guidance_interval_runs_one_branch_outside_and_leaves_the_inside_alone(m
     plain, guided = team.velocity(settings(cfg=1.0), condition()), team.velocity(settings(), condition())
     x, _ = start()
     for time in flow.time_grid(10).tolist():
-        same(velocity(x, time), (guided if 0.29 < time < 0.71 else plain)(x, time))
+        assert_same(velocity(x, time), (guided if 0.29 < time < 0.71 else plain)(x, time))
     batches.clear()
     team.velocity(settings(cfg_high=0.5), condition())(x, 0.6)
     assert batches[0] == batches[1] == batches[2] == [4]
@@ -254,7 +254,7 @@ def test_a_negative_prompt_takes_the_place_of_no_condition(mixed, tmp_path):
     t = torch.full((4,), 0.6)
     with torch.no_grad():
         v_c, v_n = (team.expert_velocity(1, x, t, cc) for cc in (c, c_null))
-    same(v, v_n + 2.5 * (v_c - v_n))
+    assert_same(v, v_n + 2.5 * (v_c - v_n))
     sample(mixed, tmp_path / "with", "--negative-prompt", "a green cross", "--seed", 3)
     sample(mixed, tmp_path / "without", "--seed", 3)
     assert np.abs(pictures(tmp_path / "with") - pictures(tmp_path / "without")).max() > 1
@@ -282,7 +282,7 @@ def test_experts_of_other_size_objective_and_path_make_one_velocity(mixed):
                 v = out - ((x - tt * out) / (1 - tt).clamp(min=0.05)).clamp(-1, 1)
             else:
                 v = (sigma * seen + alpha * out) - (alpha * seen - sigma * out).clamp(-1, 1)
-            same(team.expert_velocity(k, x, t, c), v, 2e-2 if k == 2 else 1e-3)     # ddpm's time ends just short of noise
+            assert_same(team.expert_velocity(k, x, t, c), v, 2e-2 if k == 2 else 1e-3)     # ddpm's time ends just short of noise
 
 
 # ---- the engine ---------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_resident_bounds_what_is_loaded_and_changes_nothing(mixed):
         team, most = Ensemble(mixed, CPU, resident=resident), []
         load = team._load
         team._load = lambda *args: (most.append(len(team.loaded) + 1), load(*args))[1]
-        same(draw(team, strategy="full")[0], x)
+        assert_same(draw(team, strategy="full")[0], x)
         assert max(most) <= resident and team.loads == loads
     assert not Ensemble(mixed, CPU).loaded      # nothing before it is needed
 
@@ -327,7 +327,7 @@ def test_compiled_models_give_the_same_pictures(mixed):
     plain, _ = draw(Ensemble(mixed, CPU), 2, strategy="once")
     team = Ensemble(mixed, CPU, compile=True)
     compiled, _ = draw(team, 2, strategy="once")
-    same(plain, compiled)
+    assert_same(plain, compiled)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
