@@ -50,7 +50,7 @@ class Ensemble:
     def __init__(self, run, device, monolith=False, resident=0, precision="auto", compile=False, require_all=False):
         self.run, self.device, self.resident, self.compile = run, device, resident, compile
         self.dtype, self.forwards, self.router = networks.dtype_of(precision, device), collections.Counter(), None
-        self.loaded, self.cost, self.loads = {}, {}, 0      # loaded: the experts on the device, the one used last at the end
+        self.loaded, self.cost = {}, {}     # loaded: the experts on the device, the one used last at the end
         folder = os.path.join(run, "experts")
         if not os.path.isdir(run):
             raise UserError(f"there is no folder {run}: give --run the folder of a trained run")
@@ -123,15 +123,13 @@ class Ensemble:
         if k not in self.loaded:
             while 0 < self.resident <= len(self.loaded):
                 del self.loaded[next(iter(self.loaded))]
-            self.loaded[k], self.loads = self._load(self.paths[k], k), self.loads + 1
+            self.loaded[k] = self._load(self.paths[k], k)
         self.loaded[k] = self.loaded.pop(k)
         return self.loaded[k]
 
     @torch.no_grad()
     def route(self, x_t, t, c, temperature=1.0):
         """p(k | x_t, t, c) [B,K] over the experts that are there (eq. 5, tempered and renormalised)."""
-        if len(self.paths) == 1:
-            return torch.eye(self.K, device=x_t.device)[[*self.paths] * len(x_t)]
         self.forwards["router"] += len(x_t)
         logits = self.router(x_t.to(self.dtype), t, c).float() / temperature
         logits[:, self.missing] = float("-inf")

@@ -72,7 +72,7 @@ def expert_loss(model, x_0, c, t, eps, objective="velocity", path="linear"):
     the error of x_0 over sigma.
     """
     alpha, sigma = (expand(a, x_0) for a in alpha_sigma(path, t))
-    out = model(alpha * x_0 + sigma * eps, t, c).float()
+    out = model(interpolate(x_0, eps, t, path), t, c).float()
     velocity = eps - x_0 if path == "linear" else alpha * eps - sigma * x_0
     loss = (out - {"velocity": velocity, "x0": x_0, "eps": eps}[objective]).square().flatten(1).mean(1)
     return loss / sigma.flatten().clamp(min=T_MIN).square() if objective == "x0" else loss

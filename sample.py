@@ -196,8 +196,10 @@ def main():
     times = flow.time_grid(settings.steps, team.shift(settings))
     space = open_space(team, config, given, device)
     captions, conditions, negative = read_conditions(args, team.config, space)
-    if conditions is None:
-        settings.cfg = 1.0      # nothing to be guided to
+    if conditions is None:      # nothing to be guided to
+        if idle := [name for name in given if name.startswith("sample.cfg")]:
+            raise UserError(f"this run has condition = none: --{idle[0]} does nothing")
+        settings.cfg = 1.0
     space.forget("text")            # it may be larger than an expert
     space.network("autoencoder")    # the wrong one is refused now, not after the work
     files, grid = not args.out.lower().endswith(".png"), args.out

@@ -48,13 +48,13 @@ def sample(run, out, flags, ranks=1):
             with open(f"/proc/{process.pid}/status") as f:
                 memory = {line.split(":")[0]: int(line.split()[1]) // 1024 for line in f if line.startswith(("VmRSS", "RssAnon"))}
             peak, anonymous = max(peak, memory.get("VmRSS", 0)), max(anonymous, memory.get("RssAnon", 0))
-        except (OSError, ProcessLookupError):
-            pass
+        except OSError:
+            pass        # it has just ended
         try:
             said = process.communicate(timeout=0.02)[0]
             break
         except subprocess.TimeoutExpired:
-            pass
+            pass        # still at work
     if process.returncode:
         sys.exit(f"sample.py {' '.join(flags)} failed")
     return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(f"{out}/[0-9]*.png"))]), said.splitlines()[-1], peak, anonymous

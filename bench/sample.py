@@ -23,7 +23,8 @@ from common import make_config, start
 from ensemble import Ensemble
 
 STRATEGIES = {"top-1": {"strategy": "top-1"}, "top-1, route-every 4": {"strategy": "top-1", "route_every": 4, "route_epsilon": 0.0},
-              "once": {"strategy": "once"}, "full": {"strategy": "full"}}
+              "once": {"strategy": "once"}, "full": {"strategy": "full"},
+              **{name: {"strategy": name} for name in ("top-2", "sample-1", "sample-2", "threshold-0.1", "nucleus-0.9", "oracle-0")}}
 
 
 def shape(preset, size, clusters=0):
@@ -66,7 +67,7 @@ class Overruled(Ensemble):
 def path(team, settings, batch, steps, device):
     """Seconds of one sampling of a batch."""
     generator = torch.Generator().manual_seed(1)
-    x, c, u = torch.randn(batch, 4, team.config.size, team.config.size, generator=generator), torch.arange(batch) % 1000, torch.rand(batch, 1, team.K)
+    x, c, u = torch.randn(batch, 4, team.config.size, team.config.size, generator=generator), torch.arange(batch) % 1000, torch.rand(batch, steps, team.K)
     labels = torch.randint(team.K, (batch,), generator=generator)
     rest = 0.01 / max(1, team.K - 1)
     team.decided = torch.full((batch, team.K), rest).scatter(1, labels[:, None], 0.99).to(device)

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command, command_line, copy, give, pictures, sample
+from conftest import ENVIRONMENT, ROOT, command, command_line, copy, give, inside, pictures, sample
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -377,5 +377,7 @@ def test_a_class_conditional_run_and_an_unconditional_one_work_end_to_end(tars, 
         n = 2 if flags else 11
         command("sample.py", "--run", run, *flags, "--n", n, "--steps", 2, "--out", run / "out")
         assert len(pictures(run / "out")) == (4 if flags else 11)
+    done = inside("sample.py", "--run", tmp_path / "none", "--cfg", 2)
+    assert done.returncode == 2 and "condition = none: --sample.cfg does nothing" in done.stderr
     done = command("sample.py", "--run", tmp_path / "class", "--class", 7, check=False)
     assert done.returncode == 2 and "--class 7 is not one of 0..6" in done.stderr
