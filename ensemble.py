@@ -1,6 +1,6 @@
 """The experts and the router of a run as one velocity function: eqs. 7-8 of the paper, from files.
 
-    team = Ensemble("runs/demo", device)                        # or monolith=True: experts/all.safetensors alone
+    team = Ensemble("runs/demo", device)                        # or only="monolith", only="student": one dense model
     settings = make_config({"sample.strategy": "top-2"}).sample
     velocity = team.velocity(settings, c)                       # c: the condition [B,...] or None
     *_, x_0 = flow.integrate(velocity, eps, flow.time_grid(50))
@@ -9,6 +9,7 @@
 A batch is grouped by expert: each runs once, on the samples that chose it, both branches of guidance together.
 """
 import collections
+import functools
 import glob
 import os
 import re
@@ -19,7 +20,8 @@ import torch
 import flow
 import model as models
 import networks
-from common import CONFIG, UserError
+import pretrained
+from common import CONFIG, UserError, make_config
 
 
 def check_strategy(text):
@@ -37,27 +39,33 @@ def _must_agree(info):
     return {"clustering (fingerprint)": repr(info["fingerprint"]), **shape}
 
 
+#                      its file, its shard, and what trains it
+DENSE = {"monolith": ("experts/all.safetensors", "all", "train_expert.py --run {} --shard all"),
+         "student":  ("student.safetensors", "student", "distill.py --run {}")}
+
+
 class Ensemble:
     """Finds the models of a run, checks that they fit together, and loads an expert when it is first needed.
 
-    K is the number of clusters; missing lists those without a readable expert: left out, the others' weights renormalised
-    (require_all: a UserError). resident: experts on the device at most, 0 for all; the one that was used longest ago makes room.
+    only: "monolith" or "student", that model instead of the experts. K is the number of clusters; missing lists those without a readable expert: left out, the others' weights renormalised
+    (require_all: a UserError). routed: whether there is a router to choose among several. resident: experts on the device at most, 0 for all; the one that was used longest ago makes room.
     precision: auto (bf16 on a GPU, fp32 elsewhere), bf16 or fp32, of the weights; compile: torch.compile the blocks.
     info is what the first model's file, `path`, says. forwards counts samples through each expert and "router".
     UserError if nothing can be sampled from, or models differ in what they must have in common.
     """
 
-    def __init__(self, run, device, monolith=False, resident=0, precision="auto", compile=False, require_all=False):
+    def __init__(self, run, device, only="", resident=0, precision="auto", compile=False, require_all=False):
         self.run, self.device, self.resident, self.compile = run, device, resident, compile
-        self.dtype, self.forwards, self.router = networks.dtype_of(precision, device), collections.Counter(), None
+        self.dtype, self.forwards = networks.dtype_of(precision, device), collections.Counter()
         self.loaded, self.cost = {}, {}     # loaded: the experts on the device, the one used last at the end
         folder = os.path.join(run, "experts")
         if not os.path.isdir(run):
             raise UserError(f"there is no folder {run}: give --run the folder of a trained run")
-        if monolith:
-            self.paths = {0: os.path.join(folder, "all.safetensors")}
+        if only:
+            path, shard, trainer = DENSE[only]
+            self.paths = {0: os.path.join(run, path)}
             if not os.path.exists(self.paths[0]):
-                raise UserError(f"{self.paths[0]} is missing: train it with train_expert.py --run {run} --shard all")
+                raise UserError(f"{self.paths[0]} is missing: train it with {trainer.format(run)}")
         else:
             found = (re.fullmatch(r"(\d+)\.safetensors", os.path.basename(p)) for p in glob.glob(os.path.join(glob.escape(folder), "*")))
             self.paths = {int(m[1]): os.path.join(folder, m[0]) for m in sorted(filter(None, found), key=lambda m: int(m[1]))}
@@ -70,13 +78,13 @@ class Ensemble:
             except UserError as error:
                 unreadable[k] = str(error)
                 continue
-            if (shard := self.infos[k]["shard"]) != ("all" if monolith else str(k)):
-                raise UserError(f"{path} was trained on shard {shard}: name it {shard}.safetensors")
+            if (trained := self.infos[k]["shard"]) != (shard if only else str(k)):
+                raise UserError(f"{path} was trained on shard {trained}: name it {trained}.safetensors")
         if len(unreadable) == len(self.paths):
             raise UserError("; ".join(unreadable.values()))
         self.K = max(self.paths) + 1        # without a router to say how many clusters there are
         router = os.path.join(run, "router.safetensors")
-        if routed := not monolith and os.path.exists(router):
+        if routed := not only and os.path.exists(router):
             self.K = (router_info := _info(router))["model"]["clusters"]
             if foreign := [p for k, p in self.paths.items() if k >= self.K]:
                 raise UserError(f"{foreign[0]} does not belong to {router}, which knows {self.K} clusters")
@@ -104,8 +112,11 @@ class Ensemble:
                 raise UserError(f"{text}: bring them to {folder}, or go on with the others without --require-all")
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {text}: left out, the weights of the others renormalised", file=sys.stderr)
-        if routed and len(self.paths) > 1:       # a single expert needs nobody to choose it
-            self.router = self._load(router, "router")
+        self.routed = routed and len(self.paths) > 1       # a single expert needs nobody to choose it
+
+    @functools.cached_property
+    def router(self):
+        return self._load(os.path.join(self.run, "router.safetensors"), "router")
 
     def _load(self, path, name):
         try:
@@ -154,7 +165,7 @@ class Ensemble:
             raise UserError(f"strategy {settings.strategy!r} asks for {number} experts of {self.K}")
         if name == "oracle" and number not in self.paths:
             raise UserError(f"strategy {settings.strategy!r}: there is no expert {number}, but {', '.join(map(str, self.paths))}")
-        if name != "oracle" and self.router is None and len(self.paths) > 1:
+        if name != "oracle" and not self.routed and len(self.paths) > 1:
             raise UserError(f"{self.run}/router.safetensors is missing: train it with train_router.py --run {self.run}, or copy it there")
 
     def shift(self, settings):
@@ -248,6 +259,28 @@ class _Route:
             self.p[rows] = p
         self.weights = flow.choose(self.strategy, self.p, self.u[:, 0 if self.kept else call] if name in flow.DRAWING else None)
         return self.weights
+
+
+def beginnings(seeds, shape, calls, K):
+    """-> (noise [B,*shape], u [B,calls,K]) of images with these seeds: a generator an image, so that it is the same in any batch."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return noise, torch.stack([torch.rand(calls, K, generator=g) for g in generators])
+
+
+def open_space(team, run_config, given, device):
+    """The pretrained.Space that the models of `team` were trained in. Where its networks are now: flags say, or the run's config, or the models."""
+    config, info = make_config(given), team.info
+    config.data.condition, config.data.size = team.config.condition, team.config.size * info["autoencoder"].get("factor", 1)
+    for role in ("autoencoder", "text"):
+        if f"{role}.name" not in given:
+            local = getattr(run_config, role).name
+            getattr(config, role).name = local if "weights" in info[role] and local != pretrained.NONE[role] else info[role]["name"]
+        elif "weights" not in info[role]:
+            raise UserError(f"--{role}.name {given[f'{role}.name']}: {team.path} was trained without a pretrained {role} network")
+    config.text.length, config.text.vocab = team.config.length, team.config.vocab
+    config.text.layer, config.text.precision = info["text"].get("layer", "last"), info["text"].get("precision", "auto")
+    return pretrained.Space(config, device, info, team.path)
 
 
 def _info(path):

@@ -2,11 +2,11 @@
 
     python sample.py --run runs/demo --prompt "a red circle" --prompt "a white cross" --n 8 --out shapes.png
     python sample.py --run runs/cifar --class 3 --strategy once --cfg 2 --solver ab2 --steps 25
-    python sample.py --run runs/demo --prompts prompts.txt --monolith --out monolith/
+    python sample.py --run runs/demo --prompts prompts.txt --monolith --out monolith/                # or --student, distill.py's
     torchrun --nproc_per_node=8 -- sample.py --run runs/laion --prompts prompts.txt --n 4        # shared out over eight GPUs
 
-reads   RUN/router.safetensors, RUN/experts/*.safetensors (a missing expert is left out), RUN/config.toml if it is there ([sample]); the
-        autoencoder and the text encoder that these were trained with
+reads   RUN/router.safetensors, RUN/experts/*.safetensors (a missing expert is left out), or with --monolith RUN/experts/all.safetensors, with
+        --student RUN/student.safetensors; RUN/config.toml if it is there ([sample]); the autoencoder and the text encoder that these were trained with
 writes  --out X.png: one grid, prompts down the side; --out DIR (default RUN/samples): 0000.png, 0001.png, ... and grid.png; with
         --show-routing X.routing.png or DIR/routing.png, too
 Sample i of each prompt starts from the noise of seed + i, at any batch size and on any number of ranks; every PNG says how it was made.
@@ -19,29 +19,13 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 import flow
-import pretrained
 from common import CONFIG, UserError, atomic, gather, make_config, make_parser, parse, progress, read_toml, script, start, sum_over_ranks
 from data import COLOURS, picture_grid
-from ensemble import Ensemble, check_strategy
+from ensemble import DENSE, Ensemble, beginnings, check_strategy, open_space
 
 GRID = 1024         # pictures in a grid.png beside single files, at most
 SHOWN = 32          # images whose routing is drawn, at most
 COLUMNS = 8         # x_0 predictions of each
-
-
-def open_space(team, run_config, given, device):
-    """The pretrained.Space that the models of `team` were trained in. Where its networks are now: flags say, or the run's config, or the models."""
-    config, info = make_config(given), team.info
-    config.data.condition, config.data.size = team.config.condition, team.config.size * info["autoencoder"].get("factor", 1)
-    for role in ("autoencoder", "text"):
-        if f"{role}.name" not in given:
-            local = getattr(run_config, role).name
-            getattr(config, role).name = local if "weights" in info[role] and local != pretrained.NONE[role] else info[role]["name"]
-        elif "weights" not in info[role]:
-            raise UserError(f"--{role}.name {given[f'{role}.name']}: {team.path} was trained without a pretrained {role} network")
-    config.text.length, config.text.vocab = team.config.length, team.config.vocab
-    config.text.layer, config.text.precision = info["text"].get("layer", "last"), info["text"].get("precision", "auto")
-    return pretrained.Space(config, device, info, team.path)
 
 
 def read_conditions(args, model, space):
@@ -68,13 +52,6 @@ def read_conditions(args, model, space):
     if wrong := [k for k in classes if not 0 <= k < model.classes]:
         raise UserError(f"--class {wrong[0]} is not one of 0..{model.classes - 1}")
     return [f"class {k}" for k in classes], torch.tensor(classes), None
-
-
-def beginnings(seeds, shape, calls, K):
-    """-> (noise [B,*shape], u [B,calls,K]) of images with these seeds: a generator an image, so that it is the same in any batch."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-    return noise, torch.stack([torch.rand(calls, K, generator=g) for g in generators])
 
 
 def batches(jobs, size, expert=None):
@@ -128,11 +105,11 @@ def routing_picture(rows, K):
 
 def png_info(args, settings, prompt, seed, share=None):
     """Text chunks that say how a picture was made; share [K]: of each expert in it."""
-    values = {"prompt": prompt, "seed": seed, "strategy": "monolith" if args.monolith else settings.strategy, "guidance": settings.cfg,
+    values = {"prompt": prompt, "seed": seed, "strategy": args.only or settings.strategy, "guidance": settings.cfg,
               "steps": settings.steps, "solver": settings.solver, "software": "nanoDDM"}
     if args.negative_prompt:
         values["negative prompt"] = args.negative_prompt
-    if share and not args.monolith:
+    if share and not args.only:
         values["experts"] = " ".join(f"{k}:{s:.2f}" for k, s in enumerate(share) if s >= 0.005)
     values |= {key: value for key, value in vars(settings).items()      # what else makes another picture
                if value != CONFIG["sample"][key][0] and key not in ("steps", "solver", "cfg", "strategy", "resident", "compile")}
@@ -153,7 +130,9 @@ def main():
     group.add_argument("--seed", type=int, default=0, help="default: 0")
     group.add_argument("--out", default="", metavar="PNG|DIR", help="default: RUN/samples")
     group.add_argument("--batch", type=int, default=64, metavar="B", help="images at once (default: 64)")
-    group.add_argument("--monolith", action="store_true", help="from experts/all.safetensors instead of the ensemble")
+    only = group.add_mutually_exclusive_group()
+    for name, (path, *_) in DENSE.items():
+        only.add_argument(f"--{name}", dest="only", action="store_const", const=name, default="", help=f"from {path} instead of the ensemble")
     group.add_argument("--require-all", action="store_true", help="a missing or unreadable expert is an error")
     group.add_argument("--show-routing", action="store_true", help=f"a picture of the router's answers and of x_0 over time ({SHOWN} images at most)")
     group = parser.add_argument_group("where the pretrained networks are, if not where they were in training")
@@ -164,9 +143,9 @@ def main():
     config = make_config(read_toml(path) if os.path.exists(path) else {}, given)
     settings = config.sample
     strategy, _ = check_strategy(settings.strategy)
-    if args.monolith:
+    if args.only:
         if "sample.strategy" in given:
-            raise UserError(f"--monolith is one model: it takes no --strategy {settings.strategy}")
+            raise UserError(f"--{args.only} is one model: it takes no --strategy {settings.strategy}")
         settings.strategy = strategy = "full"
     if min(args.n, args.batch) < 1:
         raise UserError(f"--n {args.n} and --batch {args.batch} must be at least 1")
@@ -174,11 +153,12 @@ def main():
         raise UserError(f"--seed {args.seed} must be from 0 to 2^63")
     if not settings.cfg_low <= settings.cfg_high <= 1:
         raise UserError(f"guidance from cfg_low {settings.cfg_low} to cfg_high {settings.cfg_high} must be 0 <= cfg_low <= cfg_high <= 1")
-    kept, blind = strategy in ("once", "oracle") or args.monolith, strategy == "oracle" or args.monolith
+    kept, blind = strategy in ("once", "oracle") or args.only, strategy == "oracle" or args.only
+    chosen = f"--{args.only}" if args.only else f"--strategy {settings.strategy}"
     for why, idle, keys in ((f"--cfg {settings.cfg}", settings.cfg == 1, ("cfg_low", "cfg_high", "cfg_routing")),
                             ("--route-every 1", settings.route_every == 1, ("route_epsilon",)),
-                            ("--monolith" if args.monolith else f"--strategy {settings.strategy}", kept, ("route_every", "route_epsilon", "cfg_routing")),
-                            ("--monolith" if args.monolith else f"--strategy {settings.strategy}", blind, ("router_temperature",))):
+                            (chosen, kept, ("route_every", "route_epsilon", "cfg_routing")),
+                            (chosen, blind, ("router_temperature",))):
         for key in keys:
             if idle and f"sample.{key}" in given:
                 raise UserError(f"--{key.replace('_', '-')} does nothing with {why}: leave one of them out")
@@ -191,7 +171,7 @@ def main():
 
     ranks = start(args.device)
     device = ranks.device
-    team = Ensemble(args.run, device, args.monolith, settings.resident, settings.precision, settings.compile, args.require_all)
+    team = Ensemble(args.run, device, args.only, settings.resident, settings.precision, settings.compile, args.require_all)
     team.check(settings)
     times = flow.time_grid(settings.steps, team.shift(settings))
     space = open_space(team, config, given, device)
@@ -242,7 +222,7 @@ def main():
             v = velocity(x_t, now)
             if shown:
                 forwards, t = team.forwards.copy(), torch.full((len(shown),), now, device=device)
-                p = velocity.weights[shown] if team.router is None else team.route(x_t[shown], t, None if c is None else c[shown], settings.router_temperature)
+                p = velocity.weights[shown] if not team.routed else team.route(x_t[shown], t, None if c is None else c[shown], settings.router_temperature)
                 team.forwards = forwards        # asked for the picture alone
                 trace.append((now, p.tolist(), velocity.weights[shown].tolist(), (x_t - now * v)[shown]))
             bar.update(len(batch))
@@ -279,7 +259,7 @@ def main():
     cut = [range(i, min(i + columns, len(pictures))) for i in range(0, len(pictures), columns)]
     with atomic(grid) as temporary:
         picture_grid([[pictures[j] for j in row] for row in cut], captions[:len(cut)] if conditions is not None else None,
-                     None if args.monolith else [[frames[j] for j in row] for row in cut]
+                     None if args.only else [[frames[j] for j in row] for row in cut]
                      ).save(temporary, "PNG", pnginfo=png_info(args, settings, " | ".join(captions), args.seed))
     if routing:
         name = os.path.join(folder, "routing.png") if files else f"{grid[:-4]}.routing.png"
@@ -290,7 +270,7 @@ def main():
     share = [sum(column) / len(shares) for column in zip(*shares.values())]
     print(f"{len(jobs)} picture{'s' * (len(jobs) > 1)} in {folder if files else grid}"
           + (f" (the first {len(pictures)} in its grid.png)" if len(pictures) < len(jobs) else "")
-          + ("" if args.monolith else "; experts used (mean weight): " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(share))))
+          + ("" if args.only else "; experts used (mean weight): " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(share))))
     print(f"forwards per sample: {by_experts / len(jobs):.1f} of experts, {by_router / len(jobs):.1f} of the router; "
           f"{flops / len(jobs) / 1e9:.4g} GFLOPs per image, {flops / (alone * experts_flops / by_experts):.3f} times a single expert's; "
           f"{len(jobs) / seconds:.3g} images/s, with the time to load the experts")

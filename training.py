@@ -144,7 +144,8 @@ class State:
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         # fused: one kernel over all weights
         self.optimizer = torch.optim.AdamW(self.model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
-        self.step, self.seconds, self.bad, self.warned = 0, 0.0, 0, 0
+        self.step, self.seconds, self.device_seconds, self.bad, self.warned = 0, 0.0, 0.0, 0, 0
+        self.image_flops = 3 * self.model.flops()       # of training on an image: forward, and twice that backward
         # since the last row of the log: loss, images, gradient norms, steps, bad samples; then by bin of t: what is shown, images
         self.sums = torch.zeros(5 + 2 * BINS, dtype=torch.float64, device=ranks.device)
         # what may not change over a resume; the rest, such as steps or micro_batch, may
@@ -185,6 +186,7 @@ class State:
         if self.ranks.rank:
             self.sums.zero_()       # they were summed over the ranks
         self.step, self.seconds, self.bad = state["step"], state["seconds"], state["bad"]
+        self.device_seconds = state.get("device_seconds", 0.0)      # checkpoints from before they were counted
         return True
 
     def save(self, status):
@@ -198,7 +200,7 @@ class State:
         with _quiet():
             dcp.save(tensors, checkpoint_id=f"{place}.tmp", no_dist=not dist.is_initialized())
         if self.ranks.rank == 0:
-            state = {"step": self.step, "seconds": self.seconds, "bad": self.bad, "identity": self.identity}
+            state = {"step": self.step, "seconds": self.seconds, "device_seconds": self.device_seconds, "bad": self.bad, "identity": self.identity}
             with open(os.path.join(f"{place}.tmp", "state.json"), "w") as f:
                 json.dump(state, f, indent=1)
             shutil.rmtree(place, ignore_errors=True)
@@ -218,8 +220,7 @@ class State:
         if self.ranks.rank == 0:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.train.export]
-            flops = 3 * self.model.flops() * images
-            models.save(path, self.model.config, self.ema, dtype, step=self.step, images=images, flops=flops, **info)
+            models.save(path, self.model.config, self.ema, dtype, step=self.step, images=images, flops=self.image_flops * images, **info)
 
 
 # ---- the log ------------------------------------------------------------------------------------------------------
@@ -381,7 +382,7 @@ def steps(state, data, space, config, batch, shown):
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
-    log = Log(state, ["step", "time", "loss", "lr", "grad_norm", "images_per_s", "images", "flops", "bad"]
+    log = Log(state, ["step", "time", "device_hours", "loss", "lr", "grad_norm", "images_per_s", "images", "flops", "bad"]
               + [f"{shown}_t{i}" for i in range(BINS)])
     state.model.train()
     since, images = time.monotonic(), 0
@@ -403,6 +404,7 @@ def steps(state, data, space, config, batch, shown):
                 state.sums.zero_()
                 now = time.monotonic()
                 state.seconds, speed = state.seconds + now - since, images / (now - since)
+                state.device_seconds += (now - since) * ranks.world
                 since, images = now, 0
                 state.bad += int(total[4])
                 read = state.step * batch + state.bad
@@ -411,9 +413,9 @@ def steps(state, data, space, config, batch, shown):
                                     f"see the warnings above")
                 by_t = {f"{shown}_t{i}": f"{s / n:.5f}" if n else ""
                         for i, (s, n) in enumerate(zip(total[5:5 + BINS], total[5 + BINS:]))}
-                log.row(step=state.step, time=f"{state.seconds:.1f}", loss=f"{total[0] / total[1]:.6f}", lr=f"{lr:.3g}",
+                log.row(step=state.step, time=f"{state.seconds:.1f}", device_hours=f"{state.device_seconds / 3600:.5f}", loss=f"{total[0] / total[1]:.6f}", lr=f"{lr:.3g}",
                         grad_norm=f"{total[2] / total[3]:.5f}", images_per_s=f"{speed:.1f}", images=state.step * batch,
-                        flops=3 * state.model.flops() * state.step * batch, bad=state.bad, **by_t)
+                        flops=state.image_flops * state.step * batch, bad=state.bad, **by_t)
             log.update()
             if step.save:
                 state.save(FINISHED if state.step == train.steps else UNFINISHED)

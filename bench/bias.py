@@ -21,8 +21,7 @@ import cluster
 import flow
 from common import make_config
 from data import TarWriter, draw_shape, to_uint8
-from ensemble import Ensemble
-from sample import beginnings
+from ensemble import Ensemble, beginnings
 
 SHARES = {"red": 0.60, "green": 0.25, "blue": 0.11, "white": 0.04}
 ROWS = [{"strategy": "full"}, {"strategy": "once"}, {"strategy": "sample-1"}, {"strategy": "sample-2"}, {"strategy": "top-1"}, {"strategy": "top-2"},

@@ -115,7 +115,7 @@ def main():
         variants = {}
         for name in args.variants:
             options = {"precision": name.split("+")[0], "compile": name.endswith("+compile")}
-            variants[f"monolith {name}" if variants else "monolith"] = (Overruled(run, device, monolith=True, **options), {"strategy": "full"})
+            variants[f"monolith {name}" if variants else "monolith"] = (Overruled(run, device, "monolith", **options), {"strategy": "full"})
         options = {"precision": args.variants[0].split("+")[0], "compile": args.variants[0].endswith("+compile")}
         team = Overruled(run, device, **options)
         variants |= {name: (team, STRATEGIES[name]) for name in args.strategies}

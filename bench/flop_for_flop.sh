@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Does the ensemble beat the monolith at equal compute? One monolith (batch B), K experts (batch B/K each, the same steps) and a router, for each
+# seed (of clustering and training); with the first seed also random clusters as a control and a distilled student (a quarter of the batch).
+# Then the paired validation loss, Frechet distances and the ledger of each, and one table and figure of them all.
+#
+#     bash bench/flop_for_flop.sh 'CIFAR/0000[0-8].tar' CIFAR/00009.tar runs/flops                                    # about two hours on 2 cores
+#     bash bench/flop_for_flop.sh TRAIN VALIDATION RUNS --train.steps 3200 --train.decay 1600                         # about eight
+#     JOBS=1 bash bench/flop_for_flop.sh TRAIN VALIDATION RUNS --experts 8 --model.preset DiT-S/2 --train.steps ...   # on one GPU
+#
+# Everything after the third argument goes to cluster.py over bench/flop_for_flop.toml. SEEDS="0 1 2", SAMPLES=5000 a row, JOBS=2 at a time
+# (on one CPU core each). Killed, it goes on where it was when it is run again.
+set -euo pipefail
+TRAIN=$1 VALIDATION=$2 RUNS=$3
+shift 3
+SEEDS=${SEEDS:-0 1 2} SAMPLES=${SAMPLES:-5000} JOBS=${JOBS:-2}
+FIRST=${SEEDS%% *}
+cd "$(dirname "$0")/.."
+if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
+mkdir -p "$RUNS"
+
+for seed in $SEEDS random; do
+    case $seed in random) assign=random s=$FIRST;; *) assign=coarse s=$seed;; esac
+    [ -e "$RUNS/$seed/clusters.png" ] || python cluster.py --data "$TRAIN" --run "$RUNS/$seed" --config bench/flop_for_flop.toml \
+        --cluster.assign $assign --cluster.seed "$s" --train.seed "$s" "$@"
+done
+
+# The longest first. A training that is finished says so and ends.
+for seed in $SEEDS random; do
+    K=$(sed -n 's/^experts = //p' "$RUNS/$seed/config.toml")
+    if [ "$seed" != random ]; then echo "train_expert.py --run $RUNS/$seed --shard all"; fi
+    for k in $(seq 0 $((K - 1))); do echo "train_expert.py --run $RUNS/$seed --shard $k"; done
+    echo "train_router.py --run $RUNS/$seed"
+    if [ "$seed" = "$FIRST" ]; then echo "distill.py --run $RUNS/$seed"; fi
+done > "$RUNS/jobs.txt"
