@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import time
 import tomllib
@@ -99,7 +100,8 @@ CONFIG = {
         "sample_every": (1000, "steps between sample grids of an expert (0: none but the last)"),
         "log_every": (50, "steps between rows of the log"),
     },
-    "train.router": {},     # what differs from [train] when the router trains; filled in below
+    "train.router": {},     # what differs from [train] when the router or the student trains; filled in below
+    "train.student": {},
     "sample": {
         "steps": (50, "steps of the solver"),
         "solver": ("euler", "first order; second order with two forwards a step; second order with one", ("euler", "heun", "ab2")),
@@ -117,14 +119,17 @@ CONFIG = {
         "compile": (False, "torch.compile the models' blocks: a minute at first, for long runs"),
     },
 }
-CONFIG["train.router"] = {key: (None, f"{entry[1]} ([train]'s if not given)", *entry[2:]) for key, entry in CONFIG["train"].items()}
+for _stage in ("router", "student"):
+    CONFIG[f"train.{_stage}"] = {key: (None, f"{entry[1]} ([train]'s if not given)", *entry[2:]) for key, entry in CONFIG["train"].items()}
 CONFIG["train.router"]["steps"] = (0, "optimiser steps (0: so many that the router costs 4% of the training FLOPs)")
+CONFIG["train.student"]["batch"] = (0, "images a step (0: a quarter of [train]'s, as in the paper)")
+CONFIG["train.student"]["micro_batch"] = (0, "images a forward pass, all of one cluster (0: batch / experts)")
 
 
 # the least value of a number, where it is not 0
 LEAST = {"data.size": 1, "data.classes": 1, "data.run": 1, "data.workers": -1, "features.batch": 1, "cluster.experts": 1, "cluster.fine": 1,
          "cluster.router_images": 1, "text.length": 1, "text.vocab": 2, "flow.shift": 0.01, "train.steps": 1, "train.batch": 1,
-         "train.log_every": 1, "train.save_every": 1, "train.router.steps": 0, "sample.steps": 1, "sample.router_temperature": 1e-6,
+         "train.log_every": 1, "train.save_every": 1, "train.router.steps": 0, "train.student.batch": 0, "sample.steps": 1, "sample.router_temperature": 1e-6,
          "sample.route_every": 1}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
@@ -166,7 +171,7 @@ def _nearest(word, words):
 def _checked(name, value, entry):
     """value of config key `name`, as the type of its default; UserError if it is another type or not among the choices."""
     default, choices = entry[0], entry[2] if len(entry) > 2 else None
-    if default is None:     # a key of [train.router]
+    if default is None:     # a key of [train.router] or [train.student]
         default = CONFIG["train"][name.rsplit(".", 1)[1]][0]
     if isinstance(value, str) and not isinstance(default, str):     # from the command line
         try:
@@ -179,7 +184,7 @@ def _checked(name, value, entry):
         raise UserError(f"{name} = {value!r} is not {KINDS[type(default)]}")
     if choices and value not in choices:
         raise UserError(f"{name} = {value!r} is not one of {', '.join(repr(c) for c in choices)}")
-    least = LEAST.get(name, LEAST.get(name.replace("train.router", "train"), 0))
+    least = LEAST.get(name, LEAST.get(re.sub(r"^train\.\w+\.", "train.", name), 0))
     if isinstance(value, (int, float)) and not least <= value < math.inf:
         raise UserError(f"{name} = {value!r} must be a number of at least {least}")
     return value
@@ -222,7 +227,7 @@ def make_config(*layers):
 
 
 def flat(config):
-    """A config as {"table.key": value}, keys of [train.router] only where they are set."""
+    """A config as {"table.key": value}, keys of [train.router] and [train.student] only where they are set."""
     values = {f"{t}.{k}": getattr(getattr(config, t.replace(".", "_")), k) for t in CONFIG for k in CONFIG[t]}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -277,8 +282,10 @@ def parse(parser, argv=None):
     return args, given
 
 
-def load_run(run, given):
-    """The config that cluster.py wrote into the run, with the flags given over it."""
+def load_run(run, given, stage=""):
+    """The config that cluster.py wrote into the run, with the flags given over it. stage: whose flags --train.* are, "router" or "student"."""
+    if stage:       # they go over [train.<stage>]
+        given = {f"train.{stage}.{n.rpartition('.')[2]}" if n.startswith("train.") else n: v for n, v in given.items()}
     path = os.path.join(run, "config.toml")
     if not os.path.exists(path):
         raise UserError(f"no run at {run} ({path} is missing): make it with cluster.py --run {run} --data ...")

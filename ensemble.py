@@ -92,17 +92,10 @@ class Ensemble:
         checked = {path: self.infos[k] for k, path in self.paths.items()}
         if routed:
             checked[router] = router_info
-        first = next(iter(checked))
-        wanted = _must_agree(checked[first])
+        self.path, self.info = next(iter(checked.items()))
+        self.config = models.ModelConfig(**self.info["model"])
         for path, info in checked.items():
-            for what, value in _must_agree(info).items():
-                if value != wanted[what]:
-                    raise UserError(f"{path} and {first} do not fit together: {what} {value} / {wanted[what]}")
-            for role in ("autoencoder", "text"):
-                a, b = info[role], checked[first][role]
-                if networks.identity(a) != networks.identity(b):
-                    raise UserError(f"{path} and {first} do not fit together: {role} {networks.label(a)} / {networks.label(b)}")
-        self.config, self.info, self.path = models.ModelConfig(**checked[first]["model"]), checked[first], first
+            self.check_fits(path, info)
         self.missing = [k for k in range(self.K) if k not in self.paths]
         if self.missing:
             why = "; ".join(unreadable.values())
@@ -113,6 +106,18 @@ class Ensemble:
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {text}: left out, the weights of the others renormalised", file=sys.stderr)
         self.routed = routed and len(self.paths) > 1       # a single expert needs nobody to choose it
+
+    def check_fits(self, name, info):
+        """UserError if the model that `info` describes (called `name`) differs from this ensemble in what they must have in common."""
+        together = f"{name} and {self.path} do not fit together"
+        wanted = _must_agree(self.info)
+        for what, value in _must_agree(info).items():
+            if value != wanted[what]:
+                raise UserError(f"{together}: {what} {value} / {wanted[what]}")
+        for role in ("autoencoder", "text"):
+            a, b = info[role], self.info[role]
+            if networks.identity(a) != networks.identity(b):
+                raise UserError(f"{together}: {role} {networks.label(a)} / {networks.label(b)}")
 
     @functools.cached_property
     def router(self):

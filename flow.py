@@ -78,6 +78,16 @@ def expert_loss(model, x_0, c, t, eps, objective="velocity", path="linear"):
     return loss / sigma.flatten().clamp(min=T_MIN).square() if objective == "x0" else loss
 
 
+def distillation_loss(student, teacher, x_0, c, t, eps):
+    """||v_student - v_teacher||^2 of each sample [B] (section 3.6); teacher(x_t, t, c) is the velocity of the expert of the samples' own cluster.
+
+    Given x_t, that cluster is distributed as p(k | x_t, t, c), what the router learns, so the minimiser is the ensemble's own flow (eq. 8):
+    sum_k p(k | x_t, t, c) v^(k), without a router.
+    """
+    x_t = interpolate(x_0, eps, t)
+    return (student(x_t, t, c).float() - teacher(x_t, t, c)).square().flatten(1).mean(1)
+
+
 def router_loss(router, x_0, k, c, t, eps):
     """Cross-entropy against the cluster k [B] of each sample (algorithm 1) -> (loss [B], whether the answer was right [B]).
 

@@ -249,6 +249,12 @@ def build(config):
     return (Router if config.clusters else DiT)(config)
 
 
+def flops(config):
+    """Forward FLOPs of one image through the model of a ModelConfig, which is not built."""
+    with torch.device("meta"):
+        return build(config).flops()
+
+
 def save(path, config, state, dtype=torch.float32, /, **info):
     """Writes weights {name: tensor} as one safetensors file that `load` rebuilds the model from. info: whatever JSON can hold.
 

@@ -15,8 +15,7 @@ import os
 
 import flow
 import training
-from common import UserError, atomic, load_run, make_parser, on_rank_0, parse, read_clusters, script, start
-from data import picture_grid
+from common import UserError, load_run, make_parser, on_rank_0, parse, read_clusters, script, start
 from model import drop_condition
 
 
@@ -57,10 +56,8 @@ def main():
         step.update()
         if step.save:
             state.export(path, state.step * batch, **info)
-        if step.sample and ranks.rank == 0:
-            pictures = training.sample_grid(state, config, data, space)
-            with atomic(os.path.join(args.run, "samples", f"{name}-{state.step:08d}.png")) as temporary:
-                picture_grid(pictures.reshape(4, 4, *pictures.shape[1:])).save(temporary, "PNG")
+        if step.sample:
+            training.save_samples(state, config, data, space)
     if not os.path.exists(path):        # finished before, and its file gone
         state.export(path, state.step * batch, **info)
 

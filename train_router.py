@@ -11,20 +11,16 @@ import math
 import os
 import sys
 
-import torch
-
 import flow
 import training
 from common import load_run, make_parser, parse, read_clusters, script, start
-from model import build, drop_condition
+from model import drop_condition, flops
 
 
 def main():
     parser = make_parser(__doc__, ["train", "train.router", "data", "router", "autoencoder", "text"])
     args, given = parse(parser)
-    # --train.* is this stage's: it goes over [train.router]
-    given = {f"train.router.{n.rpartition('.')[2]}" if n.startswith("train.") else n: v for n, v in given.items()}
-    config = load_run(args.run, given)
+    config = load_run(args.run, given, "router")
     train = training.stage_config(config, "router")
     K = config.cluster.experts
     clusters = read_clusters(args.run)
@@ -33,8 +29,7 @@ def main():
     data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters, labelled=True)
     router_config = training.model_config(config, "router", space, clusters=K)
     if not train.steps:     # 4% of the experts' training FLOPs
-        with torch.device("meta"):
-            expert, router = (build(c).flops() for c in (training.model_config(config, "model", space), router_config))
+        expert, router = (flops(c) for c in (training.model_config(config, "model", space), router_config))
         train.steps = math.ceil(0.04 * expert * config.train.steps * config.train.batch / (router * train.batch))
         if train.steps < 1000 and ranks.rank == 0:
             print(f"warning: 4% of the experts' training FLOPs are {train.steps} steps of the router, which may be too few to learn anything: "

@@ -37,7 +37,7 @@ import model as models
 import networks
 import pretrained
 from common import UserError, atomic, barrier, cores, differences, flat, progress, sum_over_ranks
-from data import TarDataset, collate, index_tar, to_tensor
+from data import TarDataset, collate, index_tar, mix, picture_grid, to_tensor
 
 BINS = 5            # of t in [0,1], in the log
 KEEP = 2            # checkpoints
@@ -83,10 +83,11 @@ def find_shards(run):
                    for k in os.listdir(os.path.join(run, part)) if k.isdigit()}, key=int)
 
 
-def open_shards(run, shards, config, train, ranks, clusters, labelled=False):
+def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apart=False):
     """-> (the TarDataset of all tars of these shards, of their latents if all are cached, and the Space of the run's models).
 
-    clusters: what common.read_clusters says; labelled: each sample must say its cluster. UserError if a shard is missing.
+    clusters: what common.read_clusters says; labelled: each sample must say its cluster; apart: a list of a TarDataset for each shard.
+    UserError if a shard is missing.
     """
     d = config.data
     space = pretrained.Space(config, ranks.device, clusters.get("networks"), os.path.join(run, "clusters.safetensors"))
@@ -100,23 +101,24 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False):
         print(f"latents cached in {', '.join(folders)}" if about else "latents not cached: pictures are encoded at each step (pretrained.py caches them)")
     if ranks.rank == 0 and space.text_dim and not (about and about["text"]["name"]):
         print("token features not cached: captions are encoded at each step (pretrained.py --captions caches them)")
-    tars = sorted(path for paths in found for path in paths)
-    for path in tars[ranks.rank::ranks.world]:      # the ranks share the work of the first time
+    parts = [sorted(paths) for paths in found] if apart else [sorted(path for paths in found for path in paths)]
+    for path in sum(parts, [])[ranks.rank::ranks.world]:      # the ranks share the work of the first time
         index_tar(path)
     barrier()
     encode = to_tensor
     if d.condition == "text":       # a pretrained encoder reads a batch of captions at once, in the training process
         encode = None if space.text_dim else functools.partial(models.hash_words, length=config.text.length, vocab=config.text.vocab)
-    data = TarDataset(tars, d.size, d.condition, encode, d.classes, train.seed, d.crop, d.flip, d.run, (space.channels, space.size, space.size),
-                      labelled, space.posterior, about and about["shapes"][0],
-                      (config.text.length, space.text_dim) if about and about["text"]["name"] else None)
-    if not len(data):
-        raise UserError(f"no samples in {', '.join(folders)}")
+    tokens = (config.text.length, space.text_dim) if about and about["text"]["name"] else None
+    data = [TarDataset(tars, d.size, d.condition, encode, d.classes, mix(train.seed, i) if apart else train.seed, d.crop, d.flip, d.run,
+                       (space.channels, space.size, space.size), labelled, space.posterior, about and about["shapes"][0], tokens)
+            for i, tars in enumerate(parts)]
+    if empty := [folder for folder, part in zip(folders if apart else [", ".join(folders)], data) if not len(part)]:
+        raise UserError(f"no samples in {empty[0]}")
     if not about:       # loaded now, not in the midst of the first step
         space.network("autoencoder")
-    if not data.tokens:
+    if not tokens:
         space.network("text")
-    return data, space
+    return data if apart else data[0], space
 
 
 # ---- state --------------------------------------------------------------------------------------------------------
@@ -133,14 +135,17 @@ def _quiet():
 class State:
     """Model, averaged weights, optimiser and counters of one training: all that a checkpoint holds.
 
-    Checkpoints are folders RUN/checkpoints/NAME/step-00001000, written beside their place and renamed.
+    Checkpoints are folders RUN/checkpoints/NAME/step-00001000, written beside their place and renamed. initial: weights {name: tensor} to
+    begin with; identity: what else may not change over a resume. image_flops is what training on one image costs.
     """
 
-    def __init__(self, run, name, model_config, train, ranks, config, space, **identity):
+    def __init__(self, run, name, model_config, train, ranks, config, space, initial=None, **identity):
         self.run, self.name, self.train, self.ranks = run, name, train, ranks
         self.folder = os.path.join(run, "checkpoints", name)
         torch.manual_seed(train.seed)       # the same initial weights on all ranks
         self.model = models.build(model_config).to(ranks.device)
+        if initial:
+            self.model.load_state_dict(initial)
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         # fused: one kernel over all weights
         self.optimizer = torch.optim.AdamW(self.model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
@@ -359,7 +364,7 @@ def steps(state, data, space, config, batch, shown):
         print(f"{state.name}: {sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters, {len(data)} images, "
               f"batch {batch} = {ranks.world} ranks x {share} in micro-batches of {micro}, "
               f"{train.steps} steps = {train.steps * batch / len(data):.1f} epochs; "
-              + (f"resumed at step {state.step}" if state.resumed else "from scratch"), flush=True)
+              + (f"resumed at step {state.step}" if state.resumed else "from the beginning"), flush=True)
     if state.step >= train.steps:
         if ranks.rank == 0:
             print(f"{state.name} is finished at step {state.step}; a larger --train.steps would go on")
@@ -430,9 +435,12 @@ def steps(state, data, space, config, batch, shown):
 # ---- pictures while training --------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def sample_grid(state, config, data, space, side=4, solver_steps=25):
-    """Pictures [side*side,S,S,3] uint8 from one expert's averaged weights, for the first conditions of its data (rank 0)."""
-    x = torch.stack([torch.randn(data.noise_shape, generator=torch.Generator().manual_seed(i)) for i in range(side * side)])
+def save_samples(state, config, data, space, side=4, solver_steps=25):
+    """RUN/samples/NAME-STEP.png: a grid drawn by the averaged weights of an expert or a student, for the first conditions of its data (rank 0)."""
+    if state.ranks.rank:
+        return
+    shape = (space.channels, space.size, space.size)
+    x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(side * side)])
     c = collate([data[i] for i in range(side * side)])["c"]
     c = space.captions(c) if isinstance(c, list) else c.to(state.ranks.device) if c.numel() else None
     null, w = models.null_condition(state.model.config, c), config.sample.cfg
@@ -445,4 +453,6 @@ def sample_grid(state, config, data, space, side=4, solver_steps=25):
         return v[0] if len(v) == 1 else flow.guide(v[0], v[1], w)
 
     *_, x = flow.integrate(velocity, x.to(state.ranks.device), flow.time_grid(solver_steps, config.flow.shift), config.sample.solver)
-    return space.pictures(x).cpu().numpy()
+    pictures = space.pictures(x).cpu().numpy()
+    with atomic(os.path.join(state.run, "samples", f"{state.name}-{state.step:08d}.png")) as temporary:
+        picture_grid(pictures.reshape(side, side, *pictures.shape[1:])).save(temporary, "PNG")

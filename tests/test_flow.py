@@ -47,6 +47,22 @@ def test_exact_flow_is_the_minimiser_that_the_expert_loss_estimates():
         assert flow.expert_loss(lambda x, t, c: exact_flow(x, t, data) + shift, x_0, None, t, eps).mean() > best
 
 
+def test_a_student_of_each_sample_s_own_expert_learns_the_ensemble_of_the_exact_posterior():
+    """Section 3.6: at each x_t, the gradient of the distillation loss vanishes at sum_k p(k | x_t) v^(k)."""
+    data, cluster = points(), torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    x_t, t, experts = points(4, seed=1), torch.tensor([0.3, 0.5, 0.8, 1.0], dtype=torch.float64), points(3, 5, seed=2)
+    log_p = log_kernel(x_t, t, data)
+    p = torch.stack([log_p[:, cluster == k].logsumexp(1) for k in range(3)], 1).softmax(1)
+    student = flow.ensemble(p, lambda k, x, t: experts[k].expand_as(x), x_t, t).requires_grad_()
+    loss = 0
+    for x_0, k, weight in zip(data, cluster, log_p.softmax(1).T):       # all pairs of x_0 and eps that lead to x_t, by their probability
+        x_0 = x_0.expand_as(x_t)
+        eps = (x_t - (1 - t)[:, None] * x_0) / t[:, None]
+        loss = loss + (weight * flow.distillation_loss(lambda *_: student, lambda x, *_: experts[k].expand_as(x), x_0, None, t, eps)).sum()
+    loss.backward()
+    assert student.grad.abs().max() < 1e-6 and loss > 0.1
+
+
 def test_path_begins_at_data_and_ends_at_noise_and_its_derivative_is_the_target():
     x_0, eps = points(3, 4), points(3, 4, seed=1)
     torch.testing.assert_close(flow.interpolate(x_0, eps, torch.zeros(3, dtype=torch.float64)), x_0)

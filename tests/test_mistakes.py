@@ -224,12 +224,12 @@ def test_wrong_wishes_of_sample(trained, tmp_path):
 # ---- the config itself --------------------------------------------------------------------------------------------
 
 def test_demo_toml_explains_every_key():
-    """Every key stands in configs/demo.toml with a comment of its own; [train.router] has what differs."""
+    """Every key stands in configs/demo.toml with a comment of its own; [train.router] and [train.student] have what differs."""
     path = os.path.join(ROOT, "configs", "demo.toml")
     tables = dict(re.findall(r"^\[([a-z.]+)\][^\n]*\n(.*?)(?=^\[|\Z)", open(path).read(), re.M | re.S))
     given = common.read_toml(path)
     for table, keys in common.CONFIG.items():
-        for key in keys if table != "train.router" else []:
+        for key in keys if not table.startswith("train.") else []:
             assert f"{table}.{key}" in given
             assert re.search(rf"^{key} = .*# \S", tables[table], re.M), f"{table}.{key}"
 
@@ -241,7 +241,7 @@ def test_a_config_survives_writing_and_reading(tmp_path):
     assert tomllib.loads((tmp_path / "c.toml").read_text())["train"]["router"]["steps"] == 7
 
 
-@pytest.mark.parametrize("script", ["data.py", "cluster.py", "pretrained.py", "train_expert.py", "train_router.py", "sample.py"])
+@pytest.mark.parametrize("script", ["data.py", "cluster.py", "pretrained.py", "train_expert.py", "train_router.py", "sample.py", "distill.py", "evaluate.py"])
 def test_help_says_what_a_script_reads_and_writes(script):
     text = command(script, "--help").stdout
     assert script in text and (script == "data.py" or ("reads " in text and "writes " in text))

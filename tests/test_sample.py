@@ -292,7 +292,7 @@ def test_resident_bounds_what_is_loaded_and_changes_nothing(mixed):
     for resident, loads in ((0, 3), (1, 3 + 4 * 2), (2, 3 + 4 * 1), (3, 3)):      # those on the device go first: K - N loads a step
         team, most = Ensemble(mixed, CPU, resident=resident), []
         load = team._load
-        team._load = lambda *args: (most.append(len(team.loaded) + 1), load(*args))[1]
+        team._load = lambda path, name: (name == "router" or most.append(len(team.loaded) + 1), load(path, name))[1]
         assert_same(draw(team, strategy="full")[0], x)
         assert max(most) <= (resident or 3) and len(most) == loads
     assert not Ensemble(mixed, CPU).loaded      # nothing before it is needed

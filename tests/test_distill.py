@@ -1,0 +1,119 @@
+"""Stage 6: the ensemble distilled into one dense student."""
+import csv
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, copy, give, inside, pictures, sample
+from safetensors.torch import load_file
+
+import distill
+import model as models
+
+
+class Part:
+    """Stands for the TarDataset of a cluster: items say which position they are of."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, position):
+        return {"position": position}
+
+
+def losses(run):
+    with open(run / "logs" / "student.csv", newline="") as f:
+        return [float(row["loss"]) for row in csv.DictReader(f)]
+
+
+@pytest.fixture(scope="module")
+def distilled(trained, tmp_path_factory):
+    """A trained run with a student. Do not change it."""
+    run = copy(trained, tmp_path_factory.mktemp("distilled"))
+    command("distill.py", "--run", run)
+    return run
+
+
+def test_micro_batches_are_of_one_cluster_in_the_data_s_shares_over_any_stretch():
+    sizes, micro, count = [600, 250, 110, 40], 5, 4000
+    data = distill.ByCluster([Part(n) for n in sizes], micro, count)
+    items = [data[p] for p in range(micro * count)]
+    clusters = np.array([item["k"] for item in items]).reshape(count, micro)
+    assert (clusters == clusters[:, :1]).all()
+    for k, n in enumerate(sizes):
+        assert [item["position"] for item in items if item["k"] == k] == list(range((clusters[:, 0] == k).sum() * micro))     # the cluster's own stream, in order
+        running = np.cumsum(clusters[:, 0] == k) - np.arange(1, count + 1) * n / 1000
+        assert np.ptp(running) < 4      # of the golden ratio's sequence: no stretch is more than a few micro-batches off
+
+
+def test_the_student_s_file_says_what_it_is_and_what_it_cost(distilled):
+    info = models.read_info(distilled / "student.safetensors")
+    teacher, images = models.read_info(distilled / "experts" / "0.safetensors"), 6 * 6      # a quarter of the monolith's 24
+    one = models.flops(models.ModelConfig(**info["model"]))
+    assert info["images"] == images and info["flops"] == images * (3 * one + one) and info["init_flops"] == 0
+    assert info["fingerprint"] == teacher["fingerprint"] and info["shard"] == "student" and (info["objective"], info["path"]) == ("velocity", "linear")
+    assert teacher["objective"] == "x0"
+    assert (distilled / "checkpoints" / "student" / "status").read_text() == "finished 6\n" and (distilled / "samples" / "student-00000006.png").exists()
+
+
+def test_the_student_samples_like_a_monolith(distilled, tmp_path):
+    sample(distilled, tmp_path / "student", "--student")
+    sample(distilled, tmp_path / "ensemble", "--strategy", "full")
+    assert len(pictures(tmp_path / "student")) == 6 and (pictures(tmp_path / "student") != pictures(tmp_path / "ensemble")).any()
+    done = inside("sample.py", "--run", distilled, "--prompt", "x", "--student", "--monolith")
+    assert done.returncode == 2 and "not allowed with" in done.stderr
+
+
+def test_a_student_that_is_its_teachers_has_nothing_to_learn(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    command("train_expert.py", "--run", run, "--shard", 0, "--flow.objective", "velocity", "--train.seed", 7, check=False)     # refused: another objective
+    for path in (run / "checkpoints" / "expert-0").glob("*"):
+        os.rename(path, tmp_path / path.name)
+    command("train_expert.py", "--run", run, "--shard", 0, "--flow.objective", "velocity", "--train.lr", 1e-2)
+    for k in (1, 2):
+        give(run, 0, k)
+    command("distill.py", "--run", run, "--init", 0, "--train.steps", 4)
+    assert losses(run) == [0.0, 0.0] and models.read_info(run / "student.safetensors")["init_flops"] > 0
+    expert, student = load_file(run / "experts" / "0.safetensors"), load_file(run / "student.safetensors")
+    assert all(torch.allclose(expert[k], student[k], atol=1e-6) for k in expert)
+
+
+def test_a_student_gets_nearer_to_its_teachers(distilled, tmp_path):
+    run = copy(distilled, tmp_path)
+    command("distill.py", "--run", run, "--train.steps", 60, "--train.lr", 3e-3, "--train.log_every", 10)
+    loss = losses(run)      # goes on at step 6
+    assert loss[-1] < 0.7 * loss[0]
+
+
+def test_two_ranks_and_a_resume_teach_the_same_student(distilled, trained, tmp_path):
+    run = copy(trained, tmp_path)
+    command("distill.py", "--run", run, "--train.batch", 8, "--train.micro_batch", 2, "--train.steps", 4)
+    command("distill.py", "--run", run, "--train.batch", 8, "--train.micro_batch", 2)
+    os.rename(run / "student.safetensors", tmp_path / "resumed")
+    other = copy(trained, tmp_path / "other")
+    command("distill.py", "--run", other, "--train.batch", 8, "--train.micro_batch", 2, ranks=2)
+    assert losses(run) == pytest.approx(losses(other), rel=1e-4)
+    a, b = load_file(tmp_path / "resumed"), load_file(other / "student.safetensors")
+    assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--train.batch", 9, "--train.micro_batch", 2], ["batch of 9", "2", "--train.micro_batch"]),
+    (["--init", "7"], ["--init 7", "7.safetensors"]),
+    (["--init", "0"], ["--init 0", "predicts x0"]),
+    (["--data.size", 16], ["the student", "do not fit together", "size 16 / 8"]),
+    (["--flow.objective", "eps"], ["unknown argument --flow.objective"])])
+def test_mistakes_are_named_in_one_line(trained, flags, says):
+    done = inside("distill.py", "--run", trained, *flags)
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and all(text in done.stderr for text in says), done.stderr
+
+
+def test_a_missing_teacher_is_an_error(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    os.remove(run / "experts" / "1.safetensors")
+    done = inside("distill.py", "--run", run)
+    assert done.returncode == 2 and "no expert for cluster 1 of 3" in done.stderr and not (run / "checkpoints" / "student").exists()
