@@ -53,11 +53,11 @@ def pixel_features(image):
     return np.concatenate([histogram, square(image, 8).reshape(-1) / (255 * 192 ** 0.5)]).astype(np.float32)
 
 
-def extractor(config, device):
-    """-> (what to make of each PIL image, while the next are decoded; function from a list of these to features [n,D]; what names it)."""
-    if config.features.name == "pixels":
+def extractor(settings, device, **options):
+    """For [features] of a config -> (what to make of each PIL image, while the next are decoded; function from a list of these to features [n,D]; what names it)."""
+    if settings.name == "pixels":
         return pixel_features, lambda rows: np.asarray(rows, np.float32).reshape(-1, 256), {"name": "pixels", "preprocessing": PIXELS}
-    return networks.image_features(config, device)
+    return networks.image_features(settings, device, **options)
 
 
 def extract(path, target, prepare, function, info, config, bar):
@@ -254,7 +254,7 @@ def main():
     meant = old.get("networks") if os.path.exists(clusters_file) else space.info      # by the later stages, which use no others
     if not os.path.exists(clusters_file):
         on_rank_0(space.name_weights)
-    prepare, function, info = extractor(config, ranks.device)
+    prepare, function, info = extractor(config.features, ranks.device)
     if os.path.exists(clusters_file) and networks.identity(old["extractor"]) != networks.identity(info):
         raise UserError(f"{clusters_file} was made with features of {networks.label(old['extractor'])}, now they would be of {networks.label(info)}: "
                         f"give that network (and --features.precision), or use another --run")

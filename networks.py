@@ -113,29 +113,34 @@ def dtype_of(precision, device):
 
 # ---- image features -----------------------------------------------------------------------------------------------
 
-def image_features(config, device):
-    """DINOv2, or CLIP's image tower -> (prepare, features, info).
+def image_features(settings, device, normalise=True, key="features.name"):
+    """DINOv2, CLIP's image tower or a ResNet -> (prepare, features, info). settings: [features] of a config.
 
-    prepare: PIL image -> uint8 [S,S,3]; features: list of these -> [n,D] float32, L2-normalised; info names the network and its preprocessing.
-    The middle square at 224 pixels (CLIP: at the size of its config) with the statistics that the network was trained with.
+    prepare: PIL image -> uint8 [S,S,3]; features: list of these -> [n,D] float32; info names the network and its preprocessing. The middle square
+    at 224 pixels (CLIP: at the size of its config; ResNet: at that of its preprocessor_config.json) with the statistics that the network was
+    trained with. normalise: to length 1, as for clustering; Frechet distances take features as they come. key: what the user calls the name.
     """
-    key, settings = "features.name", config.features
     folder, revision, about = locate(key, settings.name)
     import transformers
+    from transformers.image_processing_base import ImageProcessingMixin
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     if about.get("model_type") in ("dinov2", "dinov2_with_registers"):
         network, statistics, side = load(key, transformers.AutoModel, folder, revision), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), 224
+    elif settings.pool != "cls":
+        raise UserError(f"features.pool = {settings.pool!r} is DINOv2's; {settings.name!r} is a {about.get('model_type')!r}, with one feature vector an image: cls")
+    elif about.get("model_type") == "resnet":
+        network, read = load(key, transformers.AutoModel, folder, revision), ImageProcessingMixin.get_image_processor_dict(folder, revision=revision)[0]
+        size = read["size"] if isinstance(read["size"], dict) else {"shortest_edge": read["size"]}
+        statistics, side = (read["image_mean"], read["image_std"]), size.get("shortest_edge", size.get("height"))
     elif about.get("model_type") in ("clip", "clip_vision_model"):
-        if settings.pool != "cls":
-            raise UserError(f"features.pool = {settings.pool!r} is DINOv2's; {settings.name!r} is a CLIP, with one feature vector an image: cls")
         network = load(key, transformers.CLIPVisionModelWithProjection, folder, revision)
         statistics, side = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), network.config.image_size
     else:
-        raise UserError(f"{key} = {settings.name!r} is a {about.get('model_type')!r}: features come from dinov2, dinov2_with_registers or clip")
+        raise UserError(f"{key} = {settings.name!r} is a {about.get('model_type')!r}: features come from dinov2, dinov2_with_registers, clip or resnet")
     dtype = dtype_of(settings.precision, device)
     info = {"name": settings.name, "revision": revision, "class": type(network).__name__, "weights": digest(network),
             "preprocessing": f"middle square at {side} pixels (Lanczos), mean {list(statistics[0])}, std {list(statistics[1])}, pool {settings.pool}, "
-                             f"L2-normalised, {str(dtype).removeprefix('torch.')}"}
+                             f"{'L2-normalised, ' if normalise else ''}{str(dtype).removeprefix('torch.')}"}
     network.to(device, dtype)
     mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in statistics)
     first_patch = 1 + getattr(network.config, "num_register_tokens", 0)
@@ -144,6 +149,8 @@ def image_features(config, device):
         out = network(x)
         if hasattr(out, "image_embeds"):
             return out.image_embeds
+        if out.last_hidden_state.ndim == 4:     # a ResNet's
+            return out.pooler_output.flatten(1)
         tokens = out.last_hidden_state
         return tokens[:, 0] if settings.pool == "cls" else torch.cat([tokens[:, 0], tokens[:, first_patch:].mean(1)], dim=1)
 
@@ -155,10 +162,33 @@ def image_features(config, device):
         for first in range(0, len(pictures), settings.batch):
             x = np.stack(pictures[first:first + settings.batch])
             x = (torch.from_numpy(x).to(device).permute(0, 3, 1, 2) / 255 - mean) / std
-            rows.append(torch.nn.functional.normalize(pooled(x.to(dtype)).float(), dim=1).cpu())
+            x = pooled(x.to(dtype)).float()
+            rows.append((torch.nn.functional.normalize(x, dim=1) if normalise else x).cpu())
         return torch.cat(rows).numpy()
 
     return lambda image: square(image, side), features, info
+
+
+def clip_scorer(name, device):
+    """A whole CLIP -> (prepare, score, info). score: list of prepare(PIL image), list of captions -> [n], 100 max(cos(image, text), 0) (Hessel et al. 2021)."""
+    folder, revision, about = locate("clip", name)
+    import transformers
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    if about.get("model_type") != "clip":
+        raise UserError(f"--clip {name} is a {about.get('model_type')!r}, not a CLIP with both image and text")
+    network = load("clip", transformers.CLIPModel, folder, revision).to(device)
+    tokenizer, side = transformers.AutoTokenizer.from_pretrained(folder, revision=revision), network.config.vision_config.image_size
+    length = network.config.text_config.max_position_embeddings
+    mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+
+    @torch.no_grad()
+    def score(pictures, captions):
+        x = (torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2) / 255 - mean) / std
+        text = tokenizer(captions, padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
+        out = network(input_ids=text["input_ids"], attention_mask=text["attention_mask"], pixel_values=x)       # both of length 1
+        return 100 * (out.image_embeds * out.text_embeds).sum(1).clamp(min=0).cpu()
+
+    return lambda image: square(image, side), score, {"name": name, "revision": revision, "class": "CLIPModel", "weights": digest(network)}
 
 
 # ---- autoencoder --------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def main():
         for precision in ("bf16", "fp32"):
             config = make_config({"features.name": os.path.join(folder, "facebook/dinov2-large"), "features.batch": args.batch,
                                   "features.precision": precision})
-            prepare, features, _ = networks.image_features(config, device)
+            prepare, features, _ = networks.image_features(config.features, device)
             measure(f"DINOv2-large features, {precision}", lambda images: features([prepare(image) for image in images]))
             latent = networks.autoencoder(os.path.join(folder, "stabilityai/sd-vae-ft-mse"), device, precision)
 

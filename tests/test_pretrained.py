@@ -52,11 +52,11 @@ def test_dinov2_features_are_pooled_as_the_config_says_and_of_length_one(network
         tokens = network(x).last_hidden_state
     assert tokens.shape[1] == 1 + 16 * 16       # patches of 14
     for pool, wanted in (("cls", tokens[:, 0]), ("cls+mean", torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))):
-        prepare, features, info = nets.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__batch=2), CPU)
+        prepare, features, info = nets.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__batch=2).features, CPU)
         found = torch.from_numpy(features([prepare(image) for image in images]))
         torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
         assert features([]).shape == (0, found.shape[1]) and pool in info["preprocessing"] and "224" in info["preprocessing"]
-        half = nets.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__precision="bf16"), CPU)[1]
+        half = nets.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__precision="bf16").features, CPU)[1]
         torch.testing.assert_close(torch.from_numpy(half([prepare(image) for image in images])), found, rtol=0.1, atol=0.02)
 
 
@@ -65,7 +65,7 @@ def test_the_patches_mean_leaves_registers_out(images, tmp_path):
     network = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, num_register_tokens=3)).eval()
     network.save_pretrained(tmp_path / "registers")
-    prepare, features, _ = nets.image_features(settings(features__name=str(tmp_path / "registers"), features__pool="cls+mean"), CPU)
+    prepare, features, _ = nets.image_features(settings(features__name=str(tmp_path / "registers"), features__pool="cls+mean").features, CPU)
     x = torch.from_numpy(prepare(images[0]).copy()).permute(2, 0, 1)[None] / 255
     x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_clip_image_features_are_the_projected_embedding_under_clip_s_own_statis
     x = (x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     with torch.no_grad():
         wanted = network.visual_projection(network.vision_model(x).pooler_output)
-    prepare, features, _ = nets.image_features(settings(features__name=str(networks / "clip-image")), CPU)
+    prepare, features, _ = nets.image_features(settings(features__name=str(networks / "clip-image")).features, CPU)
     found = torch.from_numpy(features([prepare(image) for image in images]))
     torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
 
@@ -574,7 +574,7 @@ def test_networks_of_the_wrong_kind(tars, config, networks, tmp_path):
     network = transformers.CLIPVisionModel(transformers.CLIPModel.from_pretrained(networks / "clip-image").config.vision_config)
     network.save_pretrained(tmp_path / "no-projection")
     with pytest.raises(common.UserError, match="lacks weights of a CLIPVisionModelWithProjection: visual_projection.weight"):
-        nets.image_features(settings(features__name=str(tmp_path / "no-projection")), CPU)
+        nets.image_features(settings(features__name=str(tmp_path / "no-projection")).features, CPU)
 
 
 def test_nothing_to_cache(clustered):
