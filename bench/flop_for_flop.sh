@@ -7,12 +7,12 @@
 #     bash bench/flop_for_flop.sh TRAIN VALIDATION RUNS --train.steps 3200 --train.decay 1600                         # about eight
 #     JOBS=1 bash bench/flop_for_flop.sh TRAIN VALIDATION RUNS --experts 8 --model.preset DiT-S/2 --train.steps ...   # on one GPU
 #
-# Everything after the third argument goes to cluster.py over bench/flop_for_flop.toml. SEEDS="0 1 2", SAMPLES=5000 a row, JOBS=2 at a time
+# Everything after the third argument goes to cluster.py over bench/flop_for_flop.toml. SEEDS="0 1 2", SAMPLES=2500 a row, JOBS=2 at a time
 # (on one CPU core each). Killed, it goes on where it was when it is run again.
 set -euo pipefail
 TRAIN=$1 VALIDATION=$2 RUNS=$3
 shift 3
-SEEDS=${SEEDS:-0 1 2} SAMPLES=${SAMPLES:-5000} JOBS=${JOBS:-2}
+SEEDS=${SEEDS:-0 1 2} SAMPLES=${SAMPLES:-2500} JOBS=${JOBS:-2}
 FIRST=${SEEDS%% *}
 cd "$(dirname "$0")/.."
 if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
@@ -24,11 +24,23 @@ for seed in $SEEDS random; do
         --cluster.assign $assign --cluster.seed "$s" --train.seed "$s" "$@"
 done
 
-# The longest first. A training that is finished says so and ends.
+# A training that is finished says so and ends; the longest come first.
 for seed in $SEEDS random; do
     K=$(sed -n 's/^experts = //p' "$RUNS/$seed/config.toml")
     if [ "$seed" != random ]; then echo "train_expert.py --run $RUNS/$seed --shard all"; fi
     for k in $(seq 0 $((K - 1))); do echo "train_expert.py --run $RUNS/$seed --shard $k"; done
     echo "train_router.py --run $RUNS/$seed"
-    if [ "$seed" = "$FIRST" ]; then echo "distill.py --run $RUNS/$seed"; fi
-done > "$RUNS/jobs.txt"
+done | xargs -P "$JOBS" -L 1 python
+CLASSIFIER=$RUNS/classifier
+[ -e "$CLASSIFIER" ] || echo "bench/classifier.py $TRAIN $VALIDATION $CLASSIFIER" > "$RUNS/jobs"
+echo "distill.py --run $RUNS/$FIRST" >> "$RUNS/jobs"
+xargs -P "$JOBS" -L 1 python < "$RUNS/jobs"
+rm "$RUNS/jobs"
+
+for seed in $SEEDS random; do
+    echo "evaluate.py --run $RUNS/$seed --data $VALIDATION --features $CLASSIFIER --samples $SAMPLES --loss-images 1500" \
+        "--solver ab2 --steps 20 --cfg 1.5 --strategy top-1 --batch 100 --npz"
+done | xargs -P "$JOBS" -L 1 python
+
+python bench/flop_for_flop.py "$RUNS" --seeds $SEEDS
+python bench/equal_noise.py "$RUNS/$FIRST/evaluation/monolith.npz" "$RUNS/$FIRST/evaluation/ensemble-top-1.npz" "$RUNS/equal_noise.png"
