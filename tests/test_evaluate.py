@@ -1,0 +1,285 @@
+"""Stage 5: what evaluate.py says of runs whose answers are known."""
+import io
+import json
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, copy, give, inside, rewrite
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate
+import flow
+import model as models
+import networks as nets
+import report
+from common import make_config
+from data import TarDataset, square, to_float
+from ensemble import Ensemble
+
+CPU = torch.device("cpu")
+FEW = ("--samples", 12, "--loss-images", 10, "--device", "cpu")
+
+
+def measured(run, data, *flags, table="models"):
+    """-> the JSON of evaluate.py on one run."""
+    done = inside("evaluate.py", "--run", run, "--data", data / "*.tar", *FEW, *flags)
+    assert done.returncode == 0, done.stderr
+    return json.load(open(run / "evaluation" / f"{table}.json"))["results"][0]
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tars, tmp_path_factory):
+    """A trained run and its evaluation by the command. Do not change it."""
+    run = copy(trained, tmp_path_factory.mktemp("evaluated"))
+    command("distill.py", "--run", run)
+    done = command("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, "--npz")
+    return run, json.load(open(run / "evaluation" / "models.json"))["results"][0], done
+
+
+def close(a, b, tolerance=1e-4):
+    """Two JSON values agree, numbers to a relative tolerance."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(close(x, y, tolerance) for x, y in zip(a, b))
+    return a == pytest.approx(b, rel=tolerance, abs=tolerance) if isinstance(a, float) else a == b
+
+
+# ---- the report ---------------------------------------------------------------------------------------------------
+
+def test_every_row_says_how_it_was_made(evaluated):
+    run, result, done = evaluated
+    assert [(row["model"], row["strategy"]) for row in result["rows"]] == [("ensemble", "top-1"), ("monolith", ""), ("student", "")]
+    for row in result["rows"]:
+        assert row["samples"] == 12 and row["seed"] == 0 and row["sampler"] == "euler 4 steps, guidance 4" and row["reference"].startswith("3 tars ")
+        assert row["FD-pixels"]["frechet_distance"] > 0 and row["settings"]["solver"] == "euler" and sum(row["cluster_shares"]) == pytest.approx(1)
+    text = (run / "evaluation" / "models.md").read_text()
+    assert text in done.stdout
+    for words in ("FD-pixels", "euler 4 steps, guidance 4", "ensemble, threshold-0.1", "negative log likelihood", "images seen", "t 0.9-1.0"):
+        assert words in text
+    assert result["reference"]["images"] == 240 and result["reference"]["features"]["FD-pixels"]["name"] == "pixels"
+    counts = load_file(run / "clusters.safetensors")["counts"]
+    assert result["reference"]["cluster_shares"] == pytest.approx((counts / counts.sum()).tolist())      # the reference is the training set here
+
+
+def test_the_npz_is_what_the_field_s_evaluators_read(evaluated):
+    run, *_ = evaluated
+    with np.load(run / "evaluation" / "ensemble-top-1.npz", allow_pickle=False) as arrays:
+        pictures = arrays["arr_0"]
+    assert pictures.dtype == np.uint8 and pictures.shape == (12, 8, 8, 3) and pictures.std() > 0
+    assert (run / "evaluation" / "monolith.npz").exists() and (run / "evaluation" / "student.npz").exists()
+
+
+def test_neither_batch_size_nor_ranks_change_the_numbers(evaluated, tars, tmp_path):
+    run, first, _ = evaluated
+    other = tmp_path / "run"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("evaluation"))
+    assert close(measured(other, tars, "--batch", 5) | {"run": ""}, first | {"run": ""})
+    shutil.rmtree(other / "evaluation")
+    command("evaluate.py", "--run", other, "--data", tars / "*.tar", *FEW, ranks=2)
+    assert close(json.load(open(other / "evaluation" / "models.json"))["results"][0] | {"run": ""}, first | {"run": ""})
+
+
+def test_the_reference_is_read_once(evaluated, tars, tmp_path, monkeypatch):
+    run, first, _ = evaluated
+    run = copy(run, tmp_path)
+    monkeypatch.setattr(evaluate, "_Prepared", None)        # would read it
+    assert close(measured(run, tars)["rows"], first["rows"])
+    with pytest.raises(TypeError):      # other tars have statistics of their own
+        measured(run, shutil.copytree(tars, tmp_path / "tars", ignore=shutil.ignore_patterns("00002.tar*")))
+
+
+def test_the_reference_s_own_pictures_are_at_no_distance(tars, tmp_path):
+    data, folder = TarDataset(sorted(map(str, tars.glob("*.tar"))), 8), tmp_path / "pictures"
+    os.mkdir(folder)
+    pictures = np.stack([square(data.sample(i)[0], 8) for i in range(240)])
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i:04d}.png")
+    np.savez(tmp_path / "noise.npz", arr_0=np.random.default_rng(0).integers(0, 256, pictures.shape, dtype=np.uint8))
+    done = inside("evaluate.py", "--data", tars / "*.tar", "--images", folder, tmp_path / "noise.npz", "--size", 8, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    same, noise = json.load(open(tmp_path / "out" / "images.json"))["results"][0]["rows"]
+    assert same["FD-pixels"]["frechet_distance"] == pytest.approx(0, abs=1e-5) and same["FD-pixels"]["precision"] == same["FD-pixels"]["recall"] == 1
+    assert noise["FD-pixels"]["frechet_distance"] > 0.1 and noise["FD-pixels"]["recall"] < 0.5
+
+
+def test_table_strategies_is_the_paper_s_with_its_costs(trained, tars, tmp_path):
+    run = copy(trained, tmp_path)
+    rows = {row["strategy"] or row["model"]: row for row in measured(run, tars, "--table", "strategies", table="strategies")["rows"]}
+    assert set(rows) == {"monolith", "oracle", "full", "top-1", "top-2", "top-3", "sample-1", "sample-2", "sample-3", "threshold-0.01", "threshold-0.05",
+                         "threshold-0.1", "nucleus-0.9, temperature 0.5", "nucleus-0.9, temperature 1.0", "nucleus-0.9, temperature 2.0", "once"}
+    E, R = (models.load(run / name)[0].flops() * 4 / 1e9 for name in ("experts/0.safetensors", "router.safetensors"))      # of four steps
+    for name, cost in (("monolith", 2 * E), ("oracle", 2 * E), ("full", 6 * E + R), ("top-1", 2 * E + R), ("top-2", 4 * E + R), ("sample-3", 6 * E + R),
+                       ("nucleus-0.9, temperature 2.0", 2 * E + R), ("once", 2 * E + R / 4)):
+        assert rows[name]["gflops_per_image"] == pytest.approx(cost)
+    assert rows["full"]["FD-pixels"] == rows["top-3"]["FD-pixels"] and rows["nucleus-0.9, temperature 2.0"]["settings"]["router_temperature"] == 2
+
+
+def test_table_experts_sets_several_runs_beside_each_other(trained, tars, config, tmp_path):
+    run, other = copy(trained, tmp_path), tmp_path / "two"
+    command("cluster.py", "--data", tars / "*.tar", "--run", other, "--config", config, "--experts", 2)
+    for k in (0, 1):
+        command("train_expert.py", "--run", other, "--shard", k)
+    command("train_router.py", "--run", other)
+    done = inside("evaluate.py", "--run", run, "--runs", other, "--data", tars / "*.tar", *FEW, "--table", "experts")
+    assert done.returncode == 0, done.stderr
+    results = json.load(open(run / "evaluation" / "experts.json"))["results"]
+    assert [r["experts"] for r in results] == [3, 2] and results[0]["rows"][0]["reference"] == results[1]["rows"][0]["reference"]
+    assert Image.open(run / "evaluation" / "experts.png").width > 600 and str(other) in done.stdout
+
+
+# ---- the validation loss ------------------------------------------------------------------------------------------
+
+def test_the_loss_is_eq_6_of_the_mixed_velocity_on_the_same_noise(evaluated, tars):
+    """By hand, from flow.py: the mean over ten times, one in each tenth."""
+    run, result, _ = evaluated
+    data = TarDataset(sorted(map(str, tars.glob("*.tar"))), 8, "text", None)
+    numbers, team, labels = [3, 77, 239], Ensemble(run, CPU), torch.zeros(240).long() + 2
+    args = make_config().sample
+    args.seed, args.batch = 0, 20
+    space = evaluate.open_space(team, make_config(), {}, CPU)
+    from types import SimpleNamespace
+    found, answers = evaluate.validate(team, ["full", "top-1", "oracle"], space, data, numbers, labels, args, SimpleNamespace(rank=0, world=1, device=CPU))
+    for row, number in enumerate(numbers):
+        image, caption, _ = data.sample(number)
+        rng = np.random.Generator(np.random.Philox(key=[0, number]))
+        t = torch.from_numpy((np.arange(10) + rng.random(10)) / 10).float()
+        eps = torch.from_numpy(rng.standard_normal((10, 3, 8, 8), dtype=np.float32))
+        x_0 = to_float(torch.from_numpy(square(image, 8).copy())[None]).expand(10, -1, -1, -1)
+        c = models.hash_words(caption, 4, 64).expand(10, -1)
+        x_t = flow.interpolate(x_0, eps, t)
+        p = team.route(x_t, t, c)
+        for name, w in (("full", p), ("top-1", flow.top_k(p, 1)), ("oracle", torch.tensor([[0.0, 0, 1]]).expand(10, -1))):
+            v = flow.ensemble(w, team.expert_velocity, x_t, t, c)
+            torch.testing.assert_close(found[name][row], (v - (eps - x_0)).square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(answers[row], p, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_are_the_monolith_differ_from_it_by_nothing(evaluated, tars, tmp_path):
+    run = copy(evaluated[0], tmp_path)
+    for k in range(3):
+        rewrite(run / "experts" / "all.safetensors", run / "experts" / f"{k}.safetensors", shard=str(k))
+    loss = measured(run, tars, "--samples", 0)["loss"]["models"]
+    assert set(loss) == {"ensemble, full", "ensemble, top-1", "ensemble, top-2", "ensemble, threshold-0.1", "ensemble, oracle", "monolith", "student"}
+    for name in set(loss) - {"monolith", "student"}:
+        assert loss[name]["difference"] == pytest.approx(0, abs=1e-4 * loss["monolith"]["mean"]) and loss[name]["difference_error"] < 1e-3 * loss["monolith"]["mean"]
+    assert abs(loss["student"]["difference"]) > 0.01 and loss["student"]["difference_error"] > 1e-3
+
+
+def test_random_clusters_have_no_oracle_and_no_right_answer(tars, config, tmp_path):
+    run = tmp_path / "run"
+    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--cluster.assign", "random")
+    for k in range(3):
+        command("train_expert.py", "--run", run, "--shard", k)
+    command("train_router.py", "--run", run)
+    result = measured(run, tars)
+    assert "router" not in result and "ensemble, oracle" not in result["loss"]["models"] and "cluster_shares" not in result["rows"][0]
+    assert "ensemble, full" in result["loss"]["models"]
+
+
+# ---- the ledger ---------------------------------------------------------------------------------------------------
+
+def test_the_ledger_adds_up_a_ddm_and_calls_equal_only_what_is(evaluated, tmp_path):
+    run, result, done = evaluated
+    books = result["ledger"]
+    parts = [books[name] for name in ("expert 0", "expert 1", "expert 2", "router")]
+    for key in ("images", "flops", "device_hours"):
+        assert books["ensemble"][key] == pytest.approx(sum(part[key] for part in parts)) and books["ensemble"][key] > 0
+    assert sum(books[f"expert {k}"]["images"] for k in range(3)) == books["monolith"]["images"] == 6 * 24
+    ratio = books["ensemble"]["flops"] / books["monolith"]["flops"]
+    assert ratio > 1.5 and f"the ensemble: {ratio:.3f} times the monolith's training FLOPs" in done.stdout and "NOT equal compute" in result["equal_compute"][0]
+    assert f"{books['student']['flops'] / books['monolith']['flops']:.3f} times" in result["equal_compute"][1]
+    run = copy(run, tmp_path)
+    rewrite(run / "router.safetensors", flops=int(0.04 * books["monolith"]["flops"]))
+    entries, words = report.ledger(run, 3)
+    assert words[0].endswith("(experts 1.000, router 0.040): equal compute")
+    os.remove(run / "experts" / "1.safetensors")
+    entries, words = report.ledger(run, 3)
+    assert "ensemble" not in entries and not words      # of a part of the experts there is no sum
+
+
+# ---- networks -----------------------------------------------------------------------------------------------------
+
+def test_feature_spaces_have_the_field_s_names_and_are_not_normalised(latent_run, tars, networks, tmp_path):
+    run = copy(latent_run, tmp_path)
+    result = measured(run, tars, "--features", networks / "dinov2", networks / "clip-image", "--clip", networks / "clip-image", "--npz")
+    row = result["rows"][0]
+    assert {"FD-DINOv2", "CLIP-FID"} <= row.keys() and "L2" not in result["reference"]["features"]["FD-DINOv2"]["preprocessing"]
+    assert result["loss"]["models"].keys() == {"ensemble, full", "ensemble, top-1", "ensemble, top-2", "ensemble, threshold-0.1", "ensemble, oracle"}
+    assert len(result["router"]["accuracy"]) == 10 and result["reference"]["clip"]["class"] == "CLIPModel" and 0 <= row["clip_score"] <= 100
+    # the reference's statistics, by hand
+    prepare, features, info = nets.image_features(make_config({"features.name": str(networks / "dinov2")}).features, CPU, normalise=False)
+    data = TarDataset(sorted(map(str, tars.glob("*.tar"))), 8)
+    x = torch.from_numpy(features([prepare(Image.fromarray(square(data.sample(i)[0], 8))) for i in range(240)])).double()
+    kept = [load_file(path) for path in (run / "evaluation").glob("reference-*.safetensors")]
+    mine = next(s for s in kept if "mean" in s and len(s["mean"]) == x.shape[1])
+    torch.testing.assert_close(mine["mean"], x.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine["covariance"], torch.cov(x.T), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(x.norm(dim=1), torch.ones(240).double())
+
+
+def test_clip_score_is_a_hundred_times_the_cosine(networks):
+    import transformers
+    prepare, score, _ = nets.clip_scorer(str(networks / "clip-image"), CPU)
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)) for i in range(3)]
+    captions = ["a red circle", "a cross", "a long text " * 20]
+    found = score([prepare(image) for image in images], captions)
+    model = transformers.CLIPModel.from_pretrained(networks / "clip-image").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(networks / "clip-image")
+    for image, caption, value in zip(images, captions, found):
+        text = tokenizer([caption], truncation=True, max_length=24, return_tensors="pt")
+        pixels = (torch.from_numpy(square(image, 28).copy()).permute(2, 0, 1) / 255 - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+                  ) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+        with torch.no_grad():
+            out = model(input_ids=text["input_ids"], attention_mask=text["attention_mask"], pixel_values=pixels[None])
+        assert value == pytest.approx(max(0, 100 * torch.cosine_similarity(out.image_embeds, out.text_embeds).item()), abs=1e-3)
+
+
+def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, config, tmp_path):
+    folder, run = tmp_path / "tars", tmp_path / "run"
+    os.mkdir(folder)
+    with tarfile.open(tars / "00000.tar") as source, tarfile.open(folder / "00000.tar", "w") as target:
+        for member in source:
+            payload = source.extractfile(member).read()
+            if member.name.endswith(".txt"):
+                member.name, payload = member.name[:-3] + "cls", str(int(member.name[:9]) % 3).encode()
+                member.size = len(payload)
+            target.addfile(member, io.BytesIO(payload))
+    command("cluster.py", "--data", folder / "*.tar", "--run", run, "--config", config, "--experts", 2, "--cluster.fine", 2, "--data.condition", "class", "--data.classes", 3,
+            "--train.batch", 8)
+    for k in (0, 1):
+        command("train_expert.py", "--run", run, "--shard", k)
+    command("train_router.py", "--run", run)
+    measured(run, folder, "--samples", 100, "--loss-images", 0, "--npz", "--steps", 1)
+    with np.load(run / "evaluation" / "ensemble-top-1.npz") as arrays:
+        assert sorted(arrays["arr_1"].tolist()) == sorted(i % 3 for i in range(100))     # as many as the reference has
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, says", [
+    (["--loss", "sample-1"], ["--loss sample-1", "draws"]),
+    (["--loss", "oracle-1"], ["--loss oracle-1", "--loss oracle"]),
+    (["--images", "x"], ["--images and --size go together"]),
+    (["--images", "nowhere", "--size", 8], ["--images nowhere"]),
+    (["--runs", "x"], ["--runs needs --table experts"]),
+    (["--table", "experts"], ["--runs DIR"]),
+    (["--models", "student"], ["student.safetensors is missing", "distill.py"]),
+    (["--features", "./nowhere"], ["features = './nowhere'", "no such folder"]),
+    (["--samples", 1], ["--samples 1"]),
+    (["--model", "student"], ["unknown argument --model"])])
+def test_mistakes_are_named_in_one_line(trained, tars, tmp_path, flags, says):
+    done = inside("evaluate.py", "--run", trained, "--data", tars / "*.tar", "--out", tmp_path, "--loss-images", 4, "--samples", 4, *flags)
+    lines = [line for line in done.stderr.strip().splitlines() if "images" not in line or line.startswith("error")]
+    assert done.returncode == 2 and len(lines) == 1 and all(text in lines[0] for text in says), done.stderr
+
+
+def test_pictures_of_another_size_are_refused(tars, tmp_path):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    done = inside("evaluate.py", "--data", tars / "*.tar", "--images", tmp_path / "x.npz", "--size", 8, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "16x16" in done.stderr and "--size 8" in done.stderr
