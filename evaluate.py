@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,7 +80,7 @@ def read_reference(data, size, spaces, clusters, folder, args, ranks):
 
     Cached in `folder` by what they depend on: tars, size, feature space; for the clusters the clustering.
     """
-    tars = [(os.path.basename(path), os.path.getsize(path)) for path in data.tars]
+    tars = [(os.path.basename(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in data.tars]
     base = {"tars": tars, "size": size, "condition": data.condition, "classes": data.classes}
     wanted = [{**base, "features": networks.identity(space.info), "kept": KEPT} for space in spaces]
     wanted.append({**base, "clustering": clusters and [clusters.about["fingerprint"], networks.identity(clusters.info)]})
@@ -89,7 +90,7 @@ def read_reference(data, size, spaces, clusters, folder, args, ranks):
     todo, sort = [space for space, file in zip(spaces, there) if not file], None if there[-1] else clusters
     if not all(there):
         mine = list(range(ranks.rank, len(data), ranks.world))
-        keep = subset(len(data), KEPT, 0, 3).tolist()
+        keep = [permute(i, len(data), 0, 3) for i in range(min(KEPT, len(data)))]       # the first n of these are a uniform subset, too
         statistics, labels = [Statistics(keep) for _ in todo], torch.full((len(data),), -1)
         workers = max(0, min(8, cores() // ranks.world - 1))
         loader = torch.utils.data.DataLoader(_Prepared(data, mine, size, todo, sort), args.batch, num_workers=workers, collate_fn=list,
@@ -223,6 +224,14 @@ TABLE_1 = ["full", "top-1", "top-2", "top-3", "sample-1", "sample-2", "sample-3"
            ("nucleus-0.9", 0.5), ("nucleus-0.9", 1.0), ("nucleus-0.9", 2.0), "once"]
 
 
+LOSSES = ["full", "top-1", "top-2", "threshold-0.1", "oracle"]
+
+
+def fits(strategy, K):
+    """Whether there are as many experts as a strategy of the lists above asks for."""
+    return strategy == "oracle" or flow.parse_strategy(strategy)[0] not in ("top", "sample") or flow.parse_strategy(strategy)[1] <= K
+
+
 def rows_of(model, table, config, team, labelled):
     """The settings of each row of one model: [sample] with a strategy, and what the row is called."""
     def row(strategy, name=None, temperature=None):
@@ -236,9 +245,8 @@ def rows_of(model, table, config, team, labelled):
     if table != "strategies":
         return [row(config.sample.strategy)]
     chosen = [(s, None) if isinstance(s, str) else s for s in TABLE_1]
-    fits = lambda s: flow.parse_strategy(s)[0] not in ("top", "sample") or flow.parse_strategy(s)[1] <= team.K
     return ([row("full", "oracle")] if labelled and not team.missing else []) + [
-        row(s, s if t is None else f"{s}, temperature {t}", t) for s, t in chosen if fits(s)]
+        row(s, s if t is None else f"{s}, temperature {t}", t) for s, t in chosen if fits(s, team.K)]
 
 
 def evaluate_run(run, args, given, ranks, folder):
@@ -275,9 +283,18 @@ def evaluate_run(run, args, given, ranks, folder):
         reference["clip"] = clip.info
     numbers = usable[torch.from_numpy(subset(len(usable), args.loss_images, args.seed, 4))].tolist()
     losses, condition = {}, lambda i: check_condition(data.members(order[i]), d.condition, d.classes)
+    if args.table == "strategies" or "ensemble" not in chosen:
+        if "sample.strategy" in given:
+            raise UserError(f"--strategy {config.sample.strategy} does nothing " + ("with --table strategies" if "ensemble" in chosen else "without the ensemble"))
+    if d.condition == "none" and (idle := [name for name in given if name.startswith("sample.cfg")]):
+        raise UserError(f"{run} has condition = none: --{idle[0]} does nothing")
+    if "oracle" in args.loss and not sort:
+        raise UserError(f"--loss oracle: {run} has random clusters, no picture has one of its own")
     for model in chosen:
         team = Ensemble(run, ranks.device, "" if model == "ensemble" else model, config.sample.resident, config.sample.precision, config.sample.compile)
         space = open_space(team, config, {}, ranks.device)
+        if model == "ensemble":
+            team.check(config.sample)
 
         def conditions(numbers):
             found = [condition(i) for i in numbers]
@@ -300,8 +317,11 @@ def evaluate_run(run, args, given, ranks, folder):
                 with atomic(os.path.join(folder, f"{name}.npz")) as temporary, open(temporary, "wb") as f:
                     np.savez(f, **arrays)
         if numbers:
-            strategies = [s for s in args.loss if s != "oracle" or sort] if model == "ensemble" else ["full"]
-            strategies = [s for s in strategies if not s.startswith("top-") or int(s[4:]) <= team.K]
+            usual = [s for s in LOSSES if s != "oracle" or sort and not team.missing]
+            strategies = [s for s in args.loss or usual if args.loss or fits(s, team.K)] if model == "ensemble" else ["full"]
+            for strategy in args.loss:
+                if strategy != "oracle" and model == "ensemble":
+                    team.check(SimpleNamespace(strategy=strategy))
             found, answers = validate(team, strategies, space, data, numbers, labels, args, ranks)
             losses |= {model if model != "ensemble" else f"ensemble, {strategy}": loss for strategy, loss in found.items()}
             if team.routed and sort:
@@ -355,7 +375,7 @@ def read_images(path):
         else:
             files = sorted(f for f in glob.glob(os.path.join(glob.escape(path), "*")) if f.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
                            and os.path.basename(f) not in ("grid.png", "routing.png"))
-            found = np.stack([np.asarray(decode(open(f, "rb").read())) for f in files])
+            found = np.stack([np.asarray(decode(Path(f).read_bytes())) for f in files])
         if found.dtype != np.uint8 or found.ndim != 4 or found.shape[3] != 3:
             raise ValueError(f"{found.dtype} {found.shape}, not uint8 [N,H,W,3]")
         return found
@@ -372,8 +392,8 @@ def main():
     group.add_argument("--features", nargs="+", default=[], metavar="NAME", help="feature spaces of Frechet distance, precision and recall: DINOv2, CLIP or ResNet "
                        "by hub name or folder, or pixels (default: what the run was clustered by)")
     group.add_argument("--clip", default="", metavar="NAME", help="a CLIP to score pictures against their prompts with")
-    group.add_argument("--loss", nargs="+", default=["full", "top-1", "top-2", "threshold-0.1", "oracle"], metavar="S",
-                       help="strategies of the validation loss (default: full top-1 top-2 threshold-0.1 oracle)")
+    group.add_argument("--loss", nargs="+", default=[], metavar="S", help=f"strategies of the validation loss (default: {' '.join(LOSSES)}; oracle: the "
+                       "expert of the picture's own cluster)")
     group.add_argument("--loss-images", type=int, default=2000, metavar="N", help="reference pictures for it, at most (default: 2000; 0: none)")
     group.add_argument("--table", choices=["models", "strategies", "experts"], default="models", help="models (default): each model of the run; "
                        "strategies: every strategy, the paper's table 1; experts: several runs, its figure 4")

@@ -41,7 +41,7 @@ class Statistics:
     """Mean and covariance of features that come in any order and batches, over all ranks; and the features of the pictures numbered in `keep`."""
 
     def __init__(self, keep):
-        self.keep, self.kept, self.sums = set(keep), {}, None
+        self.keep, self.kept, self.sums = dict.fromkeys(keep), {}, None
 
     def add(self, numbers, features):
         x = torch.as_tensor(features).double()
@@ -51,13 +51,13 @@ class Statistics:
         self.kept |= {i: row.float() for i, row in zip(numbers, x) if i in self.keep}
 
     def close(self):
-        """-> {mean [D], covariance [D,D], kept [M,D] in the order of their numbers, count []}, on all ranks."""
+        """-> {mean [D], covariance [D,D], kept [M,D] in the order of `keep`, count []}, on all ranks."""
         width = max(0 if s is None else len(s) for s in gather(self.sums if self.sums is None else self.sums[:, :0]))
         sums = sum_over_ranks(torch.zeros(width, width, dtype=torch.float64) if self.sums is None else self.sums)
         count, mean = sums[0, 0], sums[0, 1:] / sums[0, 0]
         kept = {i: row for part in gather(self.kept) for i, row in part.items()}
         return {"mean": mean, "covariance": (sums[1:, 1:] - count * torch.outer(mean, mean)) / (count - 1).clamp(min=1),
-                "kept": torch.stack([kept[i] for i in sorted(kept)]), "count": count}
+                "kept": torch.stack([kept[i] for i in self.keep if i in kept]), "count": count}
 
 
 def router_quality(p, labels):

@@ -26,11 +26,12 @@ def ledger(run, K):
                 with open(log, newline="") as f:
                     rows = list(csv.DictReader(f))
             entries[name] = {"steps": info["step"], "images": info["images"], "flops": info["flops"] + info.get("init_flops", 0),
-                             "device_hours": float(rows[-1].get("device_hours") or "nan") if rows else float("nan")}
+                             "device_hours": float(rows[-1]["device_hours"]) if rows and rows[-1].get("device_hours") else None}
     experts = [entries[name] for name in files if name.startswith("expert ") and name in entries]
     if len(experts) == K:
         parts = experts + [entries["router"]] * ("router" in entries)
-        entries["ensemble"] = {"steps": "", **{key: sum(part[key] for part in parts) for key in ("images", "flops", "device_hours")}}
+        total = lambda key: None if None in (found := [part[key] for part in parts]) else sum(found)
+        entries["ensemble"] = {"steps": "", **{key: total(key) for key in ("images", "flops", "device_hours")}}
 
         def compare(name, flops, other, more):
             ratio = flops / entries[other]["flops"]
@@ -106,7 +107,7 @@ def as_text(results):
             lines = [[name.replace("_", " "), *(f"{x:.3f}" for x in values)] for name, values in result["router"].items()]
             parts.append(f"{title}router, on the same pictures\n\n" + markdown(["", *bins(result["router"]["accuracy"])], lines))
         if "ledger" in result:
-            lines = [[name, e["steps"], e["images"], f"{e['flops']:.4g}", f"{e['device_hours']:.3g}"] for name, e in result["ledger"].items()]
+            lines = [[name, e["steps"], e["images"], f"{e['flops']:.4g}", "" if e["device_hours"] is None else f"{e['device_hours']:.3g}"] for name, e in result["ledger"].items()]
             parts.append(f"{title}ledger\n\n" + markdown(["model", "steps", "images seen", "training FLOPs", "device-hours"], lines)
                          + "".join(f"\n\n{line}" for line in result["equal_compute"]))
     return "\n\n".join(parts) + "\n"

@@ -38,8 +38,8 @@ xargs -P "$JOBS" -L 1 python < "$RUNS/jobs"
 rm "$RUNS/jobs"
 
 for seed in $SEEDS random; do
-    echo "evaluate.py --run $RUNS/$seed --data $VALIDATION --features $CLASSIFIER --samples $SAMPLES --loss-images 1500" \
-        "--solver ab2 --steps 20 --cfg 1.5 --strategy top-1 --batch 100 --npz"
+    echo "evaluate.py --run $RUNS/$seed --data $VALIDATION --features $CLASSIFIER --samples $SAMPLES --loss-images 1000" \
+        "--solver ab2 --steps 20 --cfg 1 --strategy top-1 --batch 100 --npz"
 done | xargs -P "$JOBS" -L 1 python
 
 python bench/flop_for_flop.py "$RUNS" --seeds $SEEDS

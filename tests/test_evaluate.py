@@ -272,6 +272,8 @@ def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, con
     (["--models", "student"], ["student.safetensors is missing", "distill.py"]),
     (["--features", "./nowhere"], ["features = './nowhere'", "no such folder"]),
     (["--samples", 1], ["--samples 1"]),
+    (["--loss", "top-4"], ["'top-4'", "4 experts of 3"]),
+    (["--table", "strategies", "--strategy", "once"], ["--strategy once does nothing with --table strategies"]),
     (["--model", "student"], ["unknown argument --model"])])
 def test_mistakes_are_named_in_one_line(trained, tars, tmp_path, flags, says):
     done = inside("evaluate.py", "--run", trained, "--data", tars / "*.tar", "--out", tmp_path, "--loss-images", 4, "--samples", 4, *flags)

@@ -59,6 +59,14 @@ def test_statistics_do_not_depend_on_batch_size_or_order():
         assert metrics.frechet_distance(s["mean"], s["covariance"], found[0]["mean"], found[0]["covariance"]) == pytest.approx(0, abs=1e-6)
 
 
+def test_kept_features_come_in_the_order_that_was_asked_for():
+    x = torch.arange(6.0)[:, None]
+    statistics = metrics.Statistics([4, 0, 9, 2])       # 9 could not be used
+    statistics.add([0, 1, 2], x[:3])
+    statistics.add([5, 4, 3], x[[5, 4, 3]])
+    assert statistics.close()["kept"].flatten().tolist() == [4, 0, 2]
+
+
 def test_precision_and_recall_of_sets_with_known_answers():
     real = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
     assert metrics.precision_recall(real, real) == (1, 1)

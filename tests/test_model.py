@@ -40,15 +40,31 @@ def test_presets_have_the_published_parameter_counts(name, millions):
         assert round(count) == millions if patch == 2 else abs(count - millions) < 1.5
 
 
-@pytest.mark.parametrize("kind, extra", [(DiT, {}), (DiT, CLASS), (DiT, TEXT), (DiT, TOKENS), (Router, TEXT | {"clusters": 4}),
-                                         (Router, {"clusters": 8})])
-def test_flops_formula_agrees_with_torch_s_counter(kind, extra):
-    model = small(kind, **extra)
+KINDS = [(DiT, {}), (DiT, CLASS), (DiT, TEXT), (DiT, TOKENS), (Router, TEXT | {"clusters": 4}), (Router, {"clusters": 8})]
+
+
+def counted(model, extra, backward=False):
+    """FLOPs on one image by torch's counter, which sees attention in this backend alone."""
     c = {"text": torch.ones(1, 5, dtype=torch.int64), "class": torch.ones(1, dtype=torch.int64)}.get(extra.get("condition"))
     c = torch.ones(1, 5, 6) if extra is TOKENS else c
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(torch.zeros(1, 3, 8, 8), torch.zeros(1), c)
-    assert model.flops() == counter.get_total_flops()
+        out = model(torch.zeros(1, 3, 8, 8), torch.zeros(1), c)
+        if backward:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind, extra", KINDS)
+def test_flops_formula_agrees_with_torch_s_counter(kind, extra):
+    model = small(kind, **extra)
+    assert model.flops() == models.flops(model.config) == counted(model, extra)
+
+
+@pytest.mark.parametrize("kind, extra", KINDS)
+def test_training_on_an_image_costs_three_forwards_less_the_gradients_of_the_inputs(kind, extra):
+    """The ledger's rule: backward is twice forward, but nobody asks for the gradient of a picture or a time (token features pass a norm's weights first)."""
+    model = small(kind, **extra)
+    assert 3 * model.flops() - counted(model, extra, backward=True) == 2 * 16 * 12 * 32 + 2 * 256 * 32
 
 
 def test_attention_is_torch_s_multihead_attention():
