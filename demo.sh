@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method in about eight minutes on two CPU cores: a drawn data set, four isolated experts, a router, samples from prompts.
+# The whole method in about ten minutes on two CPU cores: a drawn data set, four isolated experts, a router, samples from prompts, a student.
 # Reads as a tutorial; every line can be typed by hand. `make demo` installs what it needs first.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -36,6 +36,16 @@ python sample.py --run $RUN --prompts $RUN/prompts.txt --n 4 --out $RUN/samples/
 # Look inside: what is predicted along the path, and what the router says. Without a prompt it is the noise that decides.
 python sample.py --run $RUN --prompt "" --n 4 --seed 6 --strategy full --show-routing --out $RUN/samples/routing
 
-# 5. Does each picture show what its prompt says? (A check by colour and shape that shares no code with the drawing.)
+# 5. Numbers: does each picture show what its prompt says? (A check by colour and shape that shares no code with the drawing.) Then the losses on
+# pictures that nobody trained on, the router's answers by noise level, and what each training did cost.
 python bench/check_shapes.py $RUN/samples/demo --least 0.95 0.8
-echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at $RUN/clusters.png, $RUN/samples/demo/grid.png and $RUN/samples/routing/routing.png."
+python data.py --out data/shapes-held-out --images 500 --size 16 --seed 1000
+python evaluate.py --run $RUN --data 'data/shapes-held-out/*.tar' --samples 200 --steps 20 --loss-images 100
+
+# 6. Distil: one dense student from the four experts, which starts as a copy of the one with the largest cluster. It needs no router.
+python distill.py --run $RUN --init 2 --train.steps 400 --train.decay 200 --train.warmup 0
+python sample.py --run $RUN --student --prompts $RUN/prompts.txt --n 4 --out $RUN/samples/student
+python bench/check_shapes.py $RUN/samples/student
+
+echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at $RUN/clusters.png, $RUN/samples/demo/grid.png, $RUN/samples/student/grid.png,"
+echo "$RUN/samples/routing/routing.png and $RUN/evaluation/models.md."
