@@ -129,9 +129,13 @@ def image_features(settings, device, normalise=True, key="features.name"):
     elif settings.pool != "cls":
         raise UserError(f"features.pool = {settings.pool!r} is DINOv2's; {settings.name!r} is a {about.get('model_type')!r}, with one feature vector an image: cls")
     elif about.get("model_type") == "resnet":
-        network, read = load(key, transformers.AutoModel, folder, revision), ImageProcessingMixin.get_image_processor_dict(folder, revision=revision)[0]
-        size = read["size"] if isinstance(read["size"], dict) else {"shortest_edge": read["size"]}
-        statistics, side = (read["image_mean"], read["image_std"]), size.get("shortest_edge", size.get("height"))
+        try:
+            read = ImageProcessingMixin.get_image_processor_dict(folder, revision=revision)[0]
+            statistics, size = (read["image_mean"], read["image_std"]), read["size"]
+            side = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{key} = {settings.name!r} has no preprocessor_config.json with size, image_mean and image_std ({_cause(error)})") from None
+        network = load(key, transformers.AutoModel, folder, revision)
     elif about.get("model_type") in ("clip", "clip_vision_model"):
         network = load(key, transformers.CLIPVisionModelWithProjection, folder, revision)
         statistics, side = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), network.config.image_size

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from conftest import command, copy, give, inside, rewrite
 from PIL import Image
 from safetensors.torch import load_file
 
+import common
 import evaluate
 import flow
 import model as models
 import networks as nets
+import pretrained
 import report
+import training
 from common import make_config
 from data import TarDataset, square, to_float
 from ensemble import Ensemble
@@ -39,6 +43,21 @@ def evaluated(trained, tars, tmp_path_factory):
     command("distill.py", "--run", run)
     done = command("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, "--npz")
     return run, json.load(open(run / "evaluation" / "models.json"))["results"][0], done
+
+
+def clustered(run, data, config, *flags):
+    """A run after stage 1, with experts and a router that were never trained."""
+    command("cluster.py", "--data", data / "*.tar", "--run", run, "--config", config, *flags)
+    config, clusters = common.load_run(run, {}), common.read_clusters(run)
+    space = pretrained.Space(config)
+    info = training.describe(config, space, clusters) | {"step": 1, "images": 1, "flops": 1}
+    os.mkdir(run / "experts")
+    for k in range(config.cluster.experts):
+        expert = models.build(training.model_config(config, "model", space))
+        models.save(run / "experts" / f"{k}.safetensors", expert.config, expert.state_dict(), shard=str(k), objective="velocity", **info)
+    router = models.build(training.model_config(config, "router", space, config.cluster.experts))
+    models.save(run / "router.safetensors", router.config, router.state_dict(), **info)
+    return run
 
 
 def close(a, b, tolerance=1e-4):
@@ -121,11 +140,7 @@ def test_table_strategies_is_the_paper_s_with_its_costs(trained, tars, tmp_path)
 
 
 def test_table_experts_sets_several_runs_beside_each_other(trained, tars, config, tmp_path):
-    run, other = copy(trained, tmp_path), tmp_path / "two"
-    command("cluster.py", "--data", tars / "*.tar", "--run", other, "--config", config, "--experts", 2)
-    for k in (0, 1):
-        command("train_expert.py", "--run", other, "--shard", k)
-    command("train_router.py", "--run", other)
+    run, other = copy(trained, tmp_path), clustered(tmp_path / "two", tars, config, "--experts", 2)
     done = inside("evaluate.py", "--run", run, "--runs", other, "--data", tars / "*.tar", *FEW, "--table", "experts")
     assert done.returncode == 0, done.stderr
     results = json.load(open(run / "evaluation" / "experts.json"))["results"]
@@ -143,7 +158,6 @@ def test_the_loss_is_eq_6_of_the_mixed_velocity_on_the_same_noise(evaluated, tar
     args = make_config().sample
     args.seed, args.batch = 0, 20
     space = evaluate.open_space(team, make_config(), {}, CPU)
-    from types import SimpleNamespace
     found, answers = evaluate.validate(team, ["full", "top-1", "oracle"], space, data, numbers, labels, args, SimpleNamespace(rank=0, world=1, device=CPU))
     for row, number in enumerate(numbers):
         image, caption, _ = data.sample(number)
@@ -172,12 +186,7 @@ def test_experts_that_are_the_monolith_differ_from_it_by_nothing(evaluated, tars
 
 
 def test_random_clusters_have_no_oracle_and_no_right_answer(tars, config, tmp_path):
-    run = tmp_path / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--cluster.assign", "random")
-    for k in range(3):
-        command("train_expert.py", "--run", run, "--shard", k)
-    command("train_router.py", "--run", run)
-    result = measured(run, tars)
+    result = measured(clustered(tmp_path / "run", tars, config, "--cluster.assign", "random"), tars)
     assert "router" not in result and "ensemble, oracle" not in result["loss"]["models"] and "cluster_shares" not in result["rows"][0]
     assert "ensemble, full" in result["loss"]["models"]
 
@@ -241,7 +250,7 @@ def test_clip_score_is_a_hundred_times_the_cosine(networks):
 
 
 def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, config, tmp_path):
-    folder, run = tmp_path / "tars", tmp_path / "run"
+    folder = tmp_path / "tars"
     os.mkdir(folder)
     with tarfile.open(tars / "00000.tar") as source, tarfile.open(folder / "00000.tar", "w") as target:
         for member in source:
@@ -250,11 +259,7 @@ def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, con
                 member.name, payload = member.name[:-3] + "cls", str(int(member.name[:9]) % 3).encode()
                 member.size = len(payload)
             target.addfile(member, io.BytesIO(payload))
-    command("cluster.py", "--data", folder / "*.tar", "--run", run, "--config", config, "--experts", 2, "--cluster.fine", 2, "--data.condition", "class", "--data.classes", 3,
-            "--train.batch", 8)
-    for k in (0, 1):
-        command("train_expert.py", "--run", run, "--shard", k)
-    command("train_router.py", "--run", run)
+    run = clustered(tmp_path / "run", folder, config, "--experts", 2, "--data.condition", "class", "--data.classes", 3)
     measured(run, folder, "--samples", 100, "--loss-images", 0, "--npz", "--steps", 1)
     with np.load(run / "evaluation" / "ensemble-top-1.npz") as arrays:
         assert sorted(arrays["arr_1"].tolist()) == sorted(i % 3 for i in range(100))     # as many as the reference has

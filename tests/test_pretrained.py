@@ -85,6 +85,22 @@ def test_clip_image_features_are_the_projected_embedding_under_clip_s_own_statis
     torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
+def test_resnet_features_are_the_mean_over_the_picture_and_may_stay_as_they_are(images, tmp_path):
+    torch.manual_seed(0)
+    network = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")).eval()
+    network.save_pretrained(tmp_path / "resnet")
+    config = settings(features__name=str(tmp_path / "resnet")).features
+    with pytest.raises(common.UserError, match="no preprocessor_config.json"):
+        nets.image_features(config, CPU)
+    (tmp_path / "resnet" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 32}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
+    x = torch.stack([torch.from_numpy(data.square(image, 32).copy()) for image in images]).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        wanted = network((x - 0.5) / 0.25).last_hidden_state.mean((2, 3))
+    for normalise, scale in ((False, 1), (True, wanted.norm(dim=1, keepdim=True))):
+        prepare, features, _ = nets.image_features(config, CPU, normalise)
+        torch.testing.assert_close(torch.from_numpy(features([prepare(image) for image in images])), wanted / scale, rtol=1e-4, atol=1e-5)
+
+
 # ---- autoencoder --------------------------------------------------------------------------------------------------
 
 def test_latents_are_standardised_by_the_autoencoder_s_own_config(networks, tmp_path):
