@@ -18,6 +18,6 @@ test: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs/demo data/shapes
+	rm -rf .venv runs/demo data/shapes data/shapes-held-out
 
 .PHONY: demo test clean

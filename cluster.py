@@ -38,27 +38,13 @@ import pretrained
 import training
 from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, make_config, make_parser, on_rank_0, parse, progress,
                     read_toml, script, start, sum_over_ranks, write_toml)
-from data import TarWriter, decode, mix, permute, picture_grid, scan_tar, square, usable
+from data import TarWriter, decode, find_tars, picture_grid, scan_tar, square, subset, usable
+from features import assign, extractor, nearest
 
 SAMPLE = 256        # images a fine centroid that k-means sees, as in faiss
-PIXELS = "square roots of a 4x4x4 RGB histogram, and an 8x8 thumbnail"
 
 
 # ---- features -----------------------------------------------------------------------------------------------------
-
-def pixel_features(image):
-    """PIL image -> [256] float32: which colours there are (a histogram), and where (a thumbnail)."""
-    bins = (square(image, 32) // 64).reshape(-1, 3) @ np.array([16, 4, 1], np.uint8)
-    histogram = np.sqrt(np.bincount(bins, minlength=64) / len(bins))                # of norm 1, as the thumbnail at most
-    return np.concatenate([histogram, square(image, 8).reshape(-1) / (255 * 192 ** 0.5)]).astype(np.float32)
-
-
-def extractor(settings, device, **options):
-    """For [features] of a config -> (what to make of each PIL image, while the next are decoded; function from a list of these to features [n,D]; what names it)."""
-    if settings.name == "pixels":
-        return pixel_features, lambda rows: np.asarray(rows, np.float32).reshape(-1, 256), {"name": "pixels", "preprocessing": PIXELS}
-    return networks.image_features(settings, device, **options)
-
 
 def extract(path, target, prepare, function, info, config, bar):
     """Writes `target`: features [n,D] f16 of the usable samples of one tar, in its order, and where each sample's bytes are."""
@@ -69,7 +55,7 @@ def extract(path, target, prepare, function, info, config, bar):
     except UserError:
         pass    # damaged: made again
     features, places, images, bad = [], [], [], collections.Counter()
-    for sample, _, _, image in usable(path, lambda image: prepare(image.reduce(max(1, min(image.size) // 256))), 256, config.data, bad):
+    for sample, _, _, image in usable(path, prepare, 256, config.data, bad):
         images.append(image)
         places.append((sample.start, sample.end - sample.start))
         if len(images) == 256:
@@ -110,18 +96,6 @@ def k_means(points, k, seed):
     return kmeans.centroids
 
 
-def nearest(points, centroids):
-    """Number of the centroid nearest to each point [n], in float64: no rounding that differs between machines decides."""
-    points, centroids = points.astype(np.float64), centroids.astype(np.float64)
-    return ((centroids ** 2).sum(1) - 2 * points @ centroids.T).argmin(1)
-
-
-def subset(total, size, *key):
-    """`size` of the numbers 0..total-1 (all, if there are no more), drawn uniformly by key, sorted [n] int64: what a permutation
-    makes of the first `size` numbers."""
-    return np.arange(total) if size >= total else np.sort(np.array([permute(i, total, *key) for i in range(size)], np.int64))
-
-
 def find_centroids(files, counts, fine, config):
     """k-means twice, on a uniform sample of the features -> {fine_centroids, coarse_centroids, fine_to_coarse}."""
     K, seed, total = config.cluster.experts, config.cluster.seed, sum(counts)
@@ -134,17 +108,6 @@ def find_centroids(files, counts, fine, config):
     coarse_centroids = k_means(fine_centroids, K, seed)
     return {"fine_centroids": fine_centroids, "coarse_centroids": coarse_centroids,
             "fine_to_coarse": nearest(fine_centroids, coarse_centroids).astype(np.int64)}
-
-
-def assign(features, name, clusters, config):
-    """The cluster of each sample [n] of tar `name`."""
-    K, rule = config.cluster.experts, config.cluster.assign
-    if rule == "random":
-        tar = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-        return np.array([mix(config.cluster.seed, tar, i) % K for i in range(len(features))], np.int64)
-    if rule == "fine":
-        return clusters["fine_to_coarse"][nearest(features, clusters["fine_centroids"])]
-    return nearest(features, clusters["coarse_centroids"])
 
 
 def fingerprint(clusters, config, info):
@@ -194,20 +157,6 @@ def contact_sheet(run, counts):
 
 
 # ---- the stage ----------------------------------------------------------------------------------------------------
-
-def find_tars(patterns):
-    """{name: path} of the tars that the patterns match, sorted by name."""
-    tars = {}
-    for path in sorted({p for pattern in patterns for p in glob.glob(os.path.expanduser(pattern)) if p.endswith(".tar")}):
-        name = os.path.basename(path)[:-4]
-        if name in tars:
-            raise UserError(f"two tars are named {name}.tar: {tars[name]} and {path}; shards are named after them, so rename one")
-        tars[name] = path
-    if not tars:
-        folder = next((pattern for pattern in patterns if os.path.isdir(os.path.expanduser(pattern))), None)
-        raise UserError(f"no tar matches --data {' '.join(patterns)}" + (f": a folder; did you mean '{os.path.join(folder, '*.tar')}'?" if folder else ""))
-    return dict(sorted(tars.items()))
-
 
 def choose_config(args, given):
     """The run's config: from --config and flags, or what an earlier call wrote. UserError if the two differ."""

@@ -357,6 +357,15 @@ def gather(value):
     return values
 
 
+def collect(value):
+    """The values of all ranks on rank 0, None on the others."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(value, values)
+    return values
+
+
 def on_rank_0(function):
     """Calls function() on rank 0 alone; a UserError there is one on all ranks, so that none waits for another."""
     error = None

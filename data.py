@@ -14,6 +14,7 @@ and a resume is just a first position. A sample that cannot be read is counted a
 """
 import bisect
 import collections
+import glob
 import io
 import itertools
 import math
@@ -79,6 +80,20 @@ def scan_tar(path):
         print(f"warning: {path}: {torn}; its whole samples are used", file=sys.stderr)
     elif sample is not None:
         yield sample
+
+
+def find_tars(patterns):
+    """{name: path} of the tars that the patterns match, sorted by name."""
+    tars = {}
+    for path in sorted({p for pattern in patterns for p in glob.glob(os.path.expanduser(pattern)) if p.endswith(".tar")}):
+        name = os.path.basename(path)[:-4]
+        if name in tars:
+            raise UserError(f"two tars are named {name}.tar: {tars[name]} and {path}; shards are named after them, so rename one")
+        tars[name] = path
+    if not tars:
+        folder = next((pattern for pattern in patterns if os.path.isdir(os.path.expanduser(pattern))), None)
+        raise UserError(f"no tar matches --data {' '.join(patterns)}" + (f": a folder; did you mean '{os.path.join(folder, '*.tar')}'?" if folder else ""))
+    return dict(sorted(tars.items()))
 
 
 class TarWriter:
@@ -250,6 +265,12 @@ def permute(i, n, *key):
         i = high << low | rest
         if i < n:
             return i
+
+
+def subset(total, size, *key):
+    """`size` of the numbers 0..total-1 (all, if there are no more), drawn uniformly by key, sorted [n] int64: what a permutation
+    makes of the first `size` numbers."""
+    return np.arange(total) if size >= total else np.sort(np.array([permute(i, total, *key) for i in range(size)], np.int64))
 
 
 def to_tensor(value):

@@ -11,8 +11,9 @@ writes  RUN/student.safetensors (averaged weights), RUN/checkpoints/student/, RU
 linear path, whatever its teachers do. Run again, it goes on from its newest checkpoint.
 
 The teacher of a picture is the expert of its own cluster. A micro-batch is of one cluster, so that one teacher at a time is on the device;
-clusters come in the data's proportions.
+clusters come in the data's proportions. Where there is room, --resident N keeps more teachers there, which saves reading them again.
 """
+import math
 import os
 
 import numpy as np
@@ -37,6 +38,7 @@ class ByCluster(torch.utils.data.Dataset):
 
     def __init__(self, parts, micro, count):
         self.parts, self.micro = parts, micro
+        count += -(-16 // micro)        # the conditions of the pictures that are drawn while training may be beyond the last step
         shares = np.cumsum([len(part) for part in parts]) / len(self)
         self.cluster = np.searchsorted(shares[:-1], np.arange(count) * GOLDEN % 1, side="right")       # [count]
         self.turn = np.zeros(count, np.int64)       # how many micro-batches of the same cluster came before
@@ -70,45 +72,49 @@ def initial_weights(run, shard, config):
 
 def main():
     parser = make_parser(__doc__, ["train", "train.student", "data", "model", "autoencoder", "text"])
-    parser.add_argument("--init", default="", metavar="K|all", help="begin with the weights of this expert (default: from scratch)")
+    parser.add_argument("--init", default="", metavar="K|all", help="begin with the weights of this expert, or the monolith's (default: from scratch)")
+    parser.add_argument("--resident", type=int, default=1, metavar="N", help="teachers on the device at most (default: 1; 0: all)")
     args, given = parse(parser)
     config = load_run(args.run, given, "student")
     config.flow.objective, config.flow.path = "velocity", "linear"      # the student's, whatever its teachers'
     train = training.stage_config(config, "student")
     K = config.cluster.experts
     clusters = read_clusters(args.run)
-    batch = train.batch or max(1, config.train.batch // 4)
-    train.batch, train.micro_batch = batch, train.micro_batch or max(1, batch // K)
+    train.batch = batch = train.batch or max(1, config.train.batch // 4)
     if there := set(map(str, range(K))) - set(training.find_shards(args.run)):
         raise UserError(f"the student needs all {K} shards, {args.run} lacks {', '.join(sorted(there, key=int))}")
 
     ranks = start(args.device)
-    if batch % ranks.world or batch // ranks.world % train.micro_batch:
+    share = batch // ranks.world
+    train.micro_batch = micro = train.micro_batch or math.gcd(share, max(1, batch // K))
+    if batch % ranks.world or share % micro:
         raise UserError(f"a batch of {batch} on {ranks.world} ranks is {batch / ranks.world:g} each, which must be a multiple of the micro-batch of one "
-                        f"cluster, {train.micro_batch}: change --train.batch or --train.micro_batch")
+                        f"cluster, {micro}: change --train.batch or --train.micro_batch")
     parts, space = training.open_shards(args.run, [str(k) for k in range(K)], config, train, ranks, clusters, apart=True)
-    data = ByCluster(parts, train.micro_batch, train.steps * batch // train.micro_batch)
+    data = ByCluster(parts, micro, train.steps * batch // micro)
     if config.autoencoder.name:
         on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures: missed now, not after hours
     student_config = training.model_config(config, "model", space)
     info = training.describe(config, space, clusters) | {"objective": "velocity", "path": "linear", "shard": "student", "init": args.init}
-    teachers = Ensemble(args.run, ranks.device, resident=1, require_all=True)
+    teachers = Ensemble(args.run, ranks.device, resident=args.resident, require_all=True)
     if len(teachers.paths) != K:
         raise UserError(f"the student needs all {K} experts as teachers, {args.run}/experts has {', '.join(map(str, teachers.paths))}")
     teachers.check_fits("the student", {"model": vars(student_config), **info})
     initial, begun = initial_weights(args.run, args.init, student_config) if args.init else (None, {"flops": 0})
     state = training.State(args.run, "student", student_config, train, ranks, config, space, initial, shard="student", init=args.init,
-                           clustering=clusters["fingerprint"], images=len(data), micro_batch=train.micro_batch)
+                           clustering=clusters["fingerprint"], images=len(data), micro_batch=micro,
+                           teachers=" ".join(f"{k}:{about['step']}" for k, about in teachers.infos.items()))
     # beside its own training, of each image: the forward of its teacher
     state.image_flops += sum(len(part) * models.flops(models.ModelConfig(**teachers.infos[k]["model"])) for k, part in enumerate(parts)) // len(data)
     info["init_flops"] = begun["flops"]
 
     path = os.path.join(args.run, "student.safetensors")
     for step in training.steps(state, data, space, config, batch, shown="loss"):
-        for b in step.batches():
+        first = (state.step * batch + ranks.rank * share) // micro      # this rank's first micro-batch of the step
+        for m, b in enumerate(step.batches(), first):
             t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
             c = models.drop_condition(state.model.config, b.c, b.drop < config.data.drop)
-            teacher = lambda x_t, t, c: teachers.expert_velocity(int(b.k[0]), x_t, t, c)
+            teacher = lambda x_t, t, c: teachers.expert_velocity(int(data.cluster[m]), x_t, t, c)
             loss = flow.distillation_loss(step.model, teacher, b.x_0, c, t, b.eps)        # [B], section 3.6
             step.backward(loss, t)
         step.update()

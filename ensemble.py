@@ -32,6 +32,24 @@ def check_strategy(text):
         raise UserError(str(error)) from None
 
 
+def check_settings(settings, given, only=""):
+    """UserError if [sample] has values that cannot be, or a key of `given`, which flags set, that does nothing for this strategy or this one model."""
+    if not settings.cfg_low <= settings.cfg_high <= 1:
+        raise UserError(f"guidance from cfg_low {settings.cfg_low} to cfg_high {settings.cfg_high} must be 0 <= cfg_low <= cfg_high <= 1")
+    strategy, _ = check_strategy(settings.strategy)
+    kept, blind = strategy in ("once", "oracle") or only, strategy == "oracle" or only
+    chosen = f"--{only}" if only else f"--strategy {settings.strategy}"
+    for why, idle, keys in ((f"--cfg {settings.cfg}", settings.cfg == 1, ("cfg_low", "cfg_high", "cfg_routing")),
+                            ("--route-every 1", settings.route_every == 1, ("route_epsilon",)),
+                            (chosen, kept, ("route_every", "route_epsilon", "cfg_routing")),
+                            (chosen, blind, ("router_temperature",))):
+        for key in keys:
+            if idle and f"sample.{key}" in given:
+                raise UserError(f"--{key.replace('_', '-')} does nothing with {why}: leave one of them out")
+    if settings.route_epsilon >= 1:
+        raise UserError(f"route_epsilon {settings.route_epsilon} must be less than 1")
+
+
 def _must_agree(info):
     """What all models that are used together must have in common. Size, objective and path are each expert's own."""
     model = info["model"]
@@ -47,8 +65,9 @@ DENSE = {"monolith": ("experts/all.safetensors", "all", "train_expert.py --run {
 class Ensemble:
     """Finds the models of a run, checks that they fit together, and loads an expert when it is first needed.
 
-    only: "monolith" or "student", that model instead of the experts. K is the number of clusters; missing lists those without a readable expert: left out, the others' weights renormalised
-    (require_all: a UserError). routed: whether there is a router to choose among several. resident: experts on the device at most, 0 for all; the one that was used longest ago makes room.
+    only: "monolith" or "student", that model instead of the experts. K is the number of clusters; missing lists those without a readable expert: left
+    out, the others' weights renormalised (require_all: a UserError). routed: whether there is a router to choose among several. resident:
+    experts on the device at most, 0 for all; the one that was used longest ago makes room.
     precision: auto (bf16 on a GPU, fp32 elsewhere), bf16 or fp32, of the weights; compile: torch.compile the blocks.
     info is what the first model's file, `path`, says. forwards counts samples through each expert and "router".
     UserError if nothing can be sampled from, or models differ in what they must have in common.
@@ -102,7 +121,7 @@ class Ensemble:
             text = (f"no {'usable ' if why else ''}expert for cluster{'s' * (len(self.missing) > 1)} {', '.join(map(str, self.missing))} of {self.K}"
                     + (f" ({why})" if why else ""))
             if require_all:
-                raise UserError(f"{text}: bring them to {folder}, or go on with the others without --require-all")
+                raise UserError(f"{text}: bring them to {folder}")
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {text}: left out, the weights of the others renormalised", file=sys.stderr)
         self.routed = routed and len(self.paths) > 1       # a single expert needs nobody to choose it

@@ -52,7 +52,7 @@ class Statistics:
 
     def close(self):
         """-> {mean [D], covariance [D,D], kept [M,D] in the order of `keep`, count []}, on all ranks."""
-        width = max(0 if s is None else len(s) for s in gather(self.sums if self.sums is None else self.sums[:, :0]))
+        width = max(gather(0 if self.sums is None else len(self.sums)))
         sums = sum_over_ranks(torch.zeros(width, width, dtype=torch.float64) if self.sums is None else self.sums)
         count, mean = sums[0, 0], sums[0, 1:] / sums[0, 0]
         kept = {i: row for part in gather(self.kept) for i, row in part.items()}

@@ -73,6 +73,16 @@ def load(key, kind, folder, revision):
     return network.float().eval().requires_grad_(False)
 
 
+def load_tokenizer(key, folder, revision):
+    import transformers
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, revision=revision, padding_side="right")
+    except Exception as error:
+        raise UserError(f"{key} = {folder!r} has no tokenizer that can be loaded ({_cause(error)}); {_remedy(key, folder)}") from None
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
 def digest(network):
     """Twelve hex digits that name a network's weights: of up to 1,024 values of each tensor, whatever the tensors are called."""
     tensors = []
@@ -181,7 +191,7 @@ def clip_scorer(name, device):
     if about.get("model_type") != "clip":
         raise UserError(f"--clip {name} is a {about.get('model_type')!r}, not a CLIP with both image and text")
     network = load("clip", transformers.CLIPModel, folder, revision).to(device)
-    tokenizer, side = transformers.AutoTokenizer.from_pretrained(folder, revision=revision), network.config.vision_config.image_size
+    tokenizer, side = load_tokenizer("clip", folder, revision), network.config.vision_config.image_size
     length = network.config.text_config.max_position_embeddings
     mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
@@ -285,18 +295,13 @@ def text_encoder(settings, device):
     has no tokens at all: it is the unconditional branch. Longer ones than L tokens are cut, with one warning.
     """
     parts, info = text_info(settings)
-    import transformers
     dtype, encoders, marks = dtype_of(settings.precision, device), [], []
     for kind, folder, revision in parts:
         network = load("text.name", kind, folder, revision)
         if network.config.is_encoder_decoder:
             network = network.get_encoder()
         marks.append(f"{type(network).__name__}:{digest(network)}")
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, revision=revision, padding_side="right")
-        except Exception as error:
-            raise UserError(f"text.name = {folder!r} has no tokenizer that can be loaded ({_cause(error)}); {_remedy('text.name', folder)}") from None
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer = load_tokenizer("text.name", folder, revision)
         longest = min(tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None) or 10 ** 9)
         if settings.length > longest:
             raise UserError(f"text.length = {settings.length}, but {folder!r} reads {longest} tokens at most")

@@ -47,7 +47,7 @@ class Space:
     """
 
     def __init__(self, config, device=None, wanted=None, origin=""):
-        self.config, self.device, self.wanted, self.origin, self._networks = config, device, wanted or {}, origin, {}
+        self.config, self.device, self.wanted, self.origin, self._networks, self.warned = config, device, wanted or {}, origin, {}, False
         self.info = {role: self._find(role) for role in ("autoencoder", "text")}
         latent, text = self.info["autoencoder"], self.info["text"]
         factor = latent.get("factor", 1)
@@ -119,8 +119,10 @@ class Space:
         if text := self.network("text"):
             return text.encode(texts)
         length = self.config.text.length
-        if longer := sum(len(re.findall(r"\w+", text)) > length for text in texts):
-            print(f"warning: {longer} of {len(texts)} captions are longer than text.length = {length} words: cut", file=sys.stderr)
+        if not self.warned and (longer := sum(len(re.findall(r"\w+", text)) > length for text in texts)):
+            self.warned = True
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warning: {longer} of {len(texts)} captions are longer than text.length = {length} words: cut (said once)", file=sys.stderr)
         return torch.stack([hash_words(text, length, self.config.text.vocab) for text in texts])
 
 

@@ -12,8 +12,8 @@ EQUAL = 0.05        # compute is called equal if the ledger differs by no more
 def ledger(run, K):
     """What training each model of the run has cost -> ({name: {steps, images, flops, device_hours}}, comparisons in words).
 
-    FLOPs are analytic (a multiply-add is two; frozen networks left out), a student's with its teachers' forwards. The ensemble is the sum of its
-    experts and its router.
+    FLOPs are analytic (a multiply-add is two; frozen networks left out), a student's with its teachers' forwards and those of the weights that it
+    began with. The ensemble is the sum of its experts and its router; without all of them there is none.
     """
     files = {f"expert {k}": (f"experts/{k}.safetensors", f"expert-{k}") for k in range(K)}
     files |= {"router": ("router.safetensors", "router"), "monolith": ("experts/all.safetensors", "expert-all"), "student": ("student.safetensors", "student")}
@@ -21,15 +21,19 @@ def ledger(run, K):
     for name, (path, log) in files.items():
         path, log = os.path.join(run, path), os.path.join(run, "logs", f"{log}.csv")
         if os.path.exists(path):
-            info, rows = models.read_info(path), []
+            try:
+                info, rows = models.read_info(path), []
+            except ValueError:      # damaged: sampling has said so
+                continue
             if os.path.exists(log):
                 with open(log, newline="") as f:
                     rows = list(csv.DictReader(f))
-            entries[name] = {"steps": info["step"], "images": info["images"], "flops": info["flops"] + info.get("init_flops", 0),
+            entries[name] = {"steps": info["step"], "images": info["images"], "flops": info["flops"] + info.get("init_flops", 0), "init": info.get("init", ""),
+                             "init_flops": info.get("init_flops", 0),
                              "device_hours": float(rows[-1]["device_hours"]) if rows and rows[-1].get("device_hours") else None}
     experts = [entries[name] for name in files if name.startswith("expert ") and name in entries]
-    if len(experts) == K:
-        parts = experts + [entries["router"]] * ("router" in entries)
+    if len(experts) == K and (K == 1 or "router" in entries):
+        parts = experts + [entries[name] for name in ("router",) if name in entries]
         total = lambda key: None if None in (found := [part[key] for part in parts]) else sum(found)
         entries["ensemble"] = {"steps": "", **{key: total(key) for key in ("images", "flops", "device_hours")}}
 
@@ -42,8 +46,10 @@ def ledger(run, K):
             alone = sum(part["flops"] for part in experts) / entries["monolith"]["flops"]
             compare("the ensemble", entries["ensemble"]["flops"], "monolith", f" (experts {alone:.3f}, router {entries['ensemble']['flops'] / entries['monolith']['flops'] - alone:.3f})")
             if "student" in entries:
-                compare("the student", entries["student"]["flops"], "monolith", " (its teachers' forwards included, their training not)")
-                compare("the student with its teachers", entries["student"]["flops"] + sum(part["flops"] for part in experts), "monolith", "")
+                student = entries["student"]
+                compare("the student", student["flops"], "monolith", " (its teachers' forwards included, their training not)")
+                twice = student["init_flops"] if student["init"] != "all" else 0       # begun with the weights of a teacher, which is counted
+                compare("the student with its teachers", student["flops"] - twice + sum(part["flops"] for part in experts), "monolith", "")
     return entries, words
 
 
@@ -72,16 +78,18 @@ def rows_table(results):
     lines = []
     for result in results:
         for row in result["rows"]:
-            cells = [row["model"], row["strategy"], row["gflops_per_image"] and f"{row['gflops_per_image']:.4g}"]
+            missing = f" (without {', '.join(map(str, row['missing']))})" if row.get("missing") else ""
+            cells = [row["model"] + missing, row["strategy"], "" if row["gflops_per_image"] is None else f"{row['gflops_per_image']:.4g}"]
             for space in spaces_of(row):
                 cells += [f"{row[space]['frechet_distance']:.4g}", f"{row[space]['precision']:.3f}", f"{row[space]['recall']:.3f}"]
-            cells += [f"{row.get('clip_score', 0):.2f}"] * scored + [percent(row.get("cluster_shares", []))] * shared
+            cells += [f"{row['clip_score']:.2f}" if "clip_score" in row else ""] * scored + [percent(row.get("cluster_shares", []))] * shared
             lines.append([result["run"]] * several + cells + [row["sampler"], row["samples"], row["seed"], row["reference"]])
         reference = result["reference"]
         if "cluster_shares" in reference:
             cells = ["(the reference)"] + [""] * (len(header) - 6) + [percent(reference["cluster_shares"]), "", reference["images"], "", reference["name"]]
             lines.append([result["run"]] * several + cells)
-    return markdown(["run"] * several + header, lines)
+    features = results[0]["reference"]["features"]
+    return markdown(["run"] * several + header, lines) + "".join(f"\n\n{name}: {info['name']}, {info['preprocessing']}" for name, info in features.items())
 
 
 def bins(values):
@@ -92,7 +100,8 @@ def loss_table(loss):
     lines = [[name, f"{v['mean']:.5f}", f"{v['difference']:+.5f} +- {v['difference_error']:.5f}" if "difference" in v else "", *(f"{x:.4f}" for x in v["by_t"])]
              for name, v in loss["models"].items()]
     times = bins(next(iter(loss["models"].values()))["by_t"])
-    return (f"validation loss of the velocity: {loss['images']} reference pictures at {len(times)} times each, the same noise for all (seed {loss['seed']}); "
+    return (f"validation loss of the velocity: {loss['images']} pictures of {loss['reference']}, at {len(times)} times each, the same noise for all "
+            f"(seed {loss['seed']}, precision {loss['precision']}); "
             f"difference: to the monolith, picture by picture, +- one standard error\n\n" + markdown(["model", "loss", "difference", *times], lines))
 
 

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 import flow
 from common import CONFIG, UserError, atomic, gather, make_config, make_parser, parse, progress, read_toml, script, start, sum_over_ranks
 from data import COLOURS, picture_grid
-from ensemble import DENSE, Ensemble, beginnings, check_strategy, open_space
+from ensemble import DENSE, Ensemble, beginnings, check_settings, check_strategy, open_space
 
 GRID = 1024         # pictures in a grid.png beside single files, at most
 SHOWN = 32          # images whose routing is drawn, at most
@@ -151,19 +151,7 @@ def main():
         raise UserError(f"--n {args.n} and --batch {args.batch} must be at least 1")
     if not 0 <= args.seed < 2 ** 63 - args.n:
         raise UserError(f"--seed {args.seed} must be from 0 to 2^63")
-    if not settings.cfg_low <= settings.cfg_high <= 1:
-        raise UserError(f"guidance from cfg_low {settings.cfg_low} to cfg_high {settings.cfg_high} must be 0 <= cfg_low <= cfg_high <= 1")
-    kept, blind = strategy in ("once", "oracle") or args.only, strategy == "oracle" or args.only
-    chosen = f"--{args.only}" if args.only else f"--strategy {settings.strategy}"
-    for why, idle, keys in ((f"--cfg {settings.cfg}", settings.cfg == 1, ("cfg_low", "cfg_high", "cfg_routing")),
-                            ("--route-every 1", settings.route_every == 1, ("route_epsilon",)),
-                            (chosen, kept, ("route_every", "route_epsilon", "cfg_routing")),
-                            (chosen, blind, ("router_temperature",))):
-        for key in keys:
-            if idle and f"sample.{key}" in given:
-                raise UserError(f"--{key.replace('_', '-')} does nothing with {why}: leave one of them out")
-    if settings.route_epsilon >= 1:
-        raise UserError(f"route_epsilon {settings.route_epsilon} must be less than 1")
+    check_settings(settings, given, args.only)
     if os.path.splitext(args.out)[1].lower() in (".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {args.out}: give a name that ends in .png, or a folder")
     if args.negative_prompt and settings.cfg == 1:

@@ -17,11 +17,11 @@ from safetensors.numpy import load_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import cluster
 import flow
 from common import make_config
 from data import TarWriter, draw_shape, to_uint8
 from ensemble import Ensemble, beginnings
+import features
 
 SHARES = {"red": 0.60, "green": 0.25, "blue": 0.11, "white": 0.04}
 ROWS = [{"strategy": "full"}, {"strategy": "once"}, {"strategy": "sample-1"}, {"strategy": "sample-2"}, {"strategy": "top-1"}, {"strategy": "top-2"},
@@ -62,8 +62,8 @@ def shares(team, settings, samples, steps, centroids, batch=250):
         n = min(batch, samples - first)
         x, u = beginnings(range(first, first + n), (3, 16, 16), steps, team.K)
         *_, x = flow.integrate(team.velocity(settings, None, None, u), x, flow.time_grid(steps, team.shift(settings)))
-        features = np.stack([cluster.pixel_features(Image.fromarray(picture)) for picture in to_uint8(x).numpy()])
-        clusters.append(cluster.nearest(features, centroids))
+        points = np.stack([features.pixel_features(Image.fromarray(picture)) for picture in to_uint8(x).numpy()])
+        clusters.append(features.nearest(points, centroids))
     return np.bincount(np.concatenate(clusters), minlength=team.K) / samples
 
 

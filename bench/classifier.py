@@ -15,9 +15,8 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from cluster import find_tars
 from common import progress
-from data import TarDataset, collate
+from data import TarDataset, collate, find_tars
 from training import positions
 
 

@@ -32,10 +32,10 @@ for seed in $SEEDS random; do
     echo "train_router.py --run $RUNS/$seed"
 done | xargs -P "$JOBS" -L 1 python
 CLASSIFIER=$RUNS/classifier
-[ -e "$CLASSIFIER" ] || echo "bench/classifier.py $TRAIN $VALIDATION $CLASSIFIER" > "$RUNS/jobs"
-echo "distill.py --run $RUNS/$FIRST" >> "$RUNS/jobs"
-xargs -P "$JOBS" -L 1 python < "$RUNS/jobs"
-rm "$RUNS/jobs"
+{
+    [ -e "$CLASSIFIER" ] || echo "bench/classifier.py $TRAIN $VALIDATION $CLASSIFIER"
+    echo "distill.py --run $RUNS/$FIRST"
+} | xargs -P "$JOBS" -L 1 python
 
 for seed in $SEEDS random; do
     echo "evaluate.py --run $RUNS/$seed --data $VALIDATION --features $CLASSIFIER --samples $SAMPLES --loss-images 1000" \

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import common
 import evaluate
+import features
 import flow
 import model as models
 import networks as nets
@@ -75,7 +76,8 @@ def test_every_row_says_how_it_was_made(evaluated):
     run, result, done = evaluated
     assert [(row["model"], row["strategy"]) for row in result["rows"]] == [("ensemble", "top-1"), ("monolith", ""), ("student", "")]
     for row in result["rows"]:
-        assert row["samples"] == 12 and row["seed"] == 0 and row["sampler"] == "euler 4 steps, guidance 4" and row["reference"].startswith("3 tars ")
+        assert row["samples"] == 12 and row["seed"] == 0 and row["sampler"] == "euler 4 steps, guidance 4"
+        assert row["reference"].startswith("3 tars ") and row["reference"].endswith(", 8 px") and row["missing"] == []
         assert row["FD-pixels"]["frechet_distance"] > 0 and row["settings"]["solver"] == "euler" and sum(row["cluster_shares"]) == pytest.approx(1)
     text = (run / "evaluation" / "models.md").read_text()
     assert text in done.stdout
@@ -107,7 +109,7 @@ def test_neither_batch_size_nor_ranks_change_the_numbers(evaluated, tars, tmp_pa
 def test_the_reference_is_read_once(evaluated, tars, tmp_path, monkeypatch):
     run, first, _ = evaluated
     run = copy(run, tmp_path)
-    monkeypatch.setattr(evaluate, "_Prepared", None)        # would read it
+    monkeypatch.setattr(features, "_Prepared", None)        # would read it
     assert close(measured(run, tars)["rows"], first["rows"])
     with pytest.raises(TypeError):      # other tars have statistics of their own
         measured(run, shutil.copytree(tars, tmp_path / "tars", ignore=shutil.ignore_patterns("00002.tar*")))
@@ -144,7 +146,7 @@ def test_table_experts_sets_several_runs_beside_each_other(trained, tars, config
     done = inside("evaluate.py", "--run", run, "--runs", other, "--data", tars / "*.tar", *FEW, "--table", "experts")
     assert done.returncode == 0, done.stderr
     results = json.load(open(run / "evaluation" / "experts.json"))["results"]
-    assert [r["experts"] for r in results] == [3, 2] and results[0]["rows"][0]["reference"] == results[1]["rows"][0]["reference"]
+    assert [r["experts"] for r in results] == [3, 2] and [len(r["rows"]) for r in results] == [2, 1] and results[0]["rows"][0]["reference"] == results[1]["rows"][0]["reference"]
     assert Image.open(run / "evaluation" / "experts.png").width > 600 and str(other) in done.stdout
 
 
@@ -185,6 +187,43 @@ def test_experts_that_are_the_monolith_differ_from_it_by_nothing(evaluated, tars
     assert abs(loss["student"]["difference"]) > 0.01 and loss["student"]["difference_error"] > 1e-3
 
 
+def test_an_unconditional_run_of_one_expert_needs_no_router(tars, config, tmp_path):
+    run = clustered(tmp_path / "run", tars, config, "--experts", 1, "--data.condition", "none")
+    os.remove(run / "router.safetensors")
+    result = measured(run, tars, "--npz")
+    assert result["rows"][0]["sampler"] == "euler 4 steps" and set(result["loss"]["models"]) == {"ensemble, full", "ensemble, top-1", "ensemble, threshold-0.1", "ensemble, oracle"}
+    assert result["ledger"]["ensemble"]["flops"] == 1 and "router" not in result
+
+
+def test_a_missing_or_damaged_expert_is_said_and_spoils_neither_router_nor_ledger(trained, tars, tmp_path):
+    run = copy(trained, tmp_path)
+    (run / "experts" / "1.safetensors").write_bytes(b"xx")
+    result = measured(run, tars, "--models", "ensemble")
+    assert result["rows"][0]["missing"] == [1] and "ensemble (without 1)" in (run / "evaluation" / "models.md").read_text()
+    assert "router" not in result and "ensemble, oracle" not in result["loss"]["models"] and "ensemble" not in result["ledger"]
+    for flags, says in ((["--loss", "oracle"], "1 of 3 are missing"), (["--table", "strategies", "--strategy", "full"], "does nothing")):
+        done = inside("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, *flags)
+        assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
+    for k in (1, 2):
+        os.remove(run / "experts" / f"{k}.safetensors")
+    os.remove(run / "router.safetensors")
+    done = inside("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW)
+    assert done.returncode == 2 and "router.safetensors is missing" in done.stderr
+
+
+def test_models_of_another_clustering_or_size_are_refused(trained, tars, tmp_path):
+    run = copy(trained, tmp_path)
+    rewrite(run / "experts" / "all.safetensors", fingerprint="0123456789abcdef")
+    done = inside("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, "--models", "monolith")
+    assert done.returncode == 2 and "clustering 0123456789abcdef / " in done.stderr
+    done = inside("evaluate.py", "--run", trained, "--data", tars / "*.tar", *FEW, "--models", "ensemble", "--out", tmp_path, "--autoencoder.name", "x")
+    assert done.returncode == 2 and "trained without a pretrained autoencoder" in done.stderr
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("size = 8\n", "size = 16\n"))
+    done = inside("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, "--models", "ensemble")
+    assert done.returncode == 2 and "trained with data.size 8" in done.stderr
+
+
 def test_random_clusters_have_no_oracle_and_no_right_answer(tars, config, tmp_path):
     result = measured(clustered(tmp_path / "run", tars, config, "--cluster.assign", "random"), tars)
     assert "router" not in result and "ensemble, oracle" not in result["loss"]["models"] and "cluster_shares" not in result["rows"][0]
@@ -207,6 +246,10 @@ def test_the_ledger_adds_up_a_ddm_and_calls_equal_only_what_is(evaluated, tmp_pa
     rewrite(run / "router.safetensors", flops=int(0.04 * books["monolith"]["flops"]))
     entries, words = report.ledger(run, 3)
     assert words[0].endswith("(experts 1.000, router 0.040): equal compute")
+    # a student that begins with an expert's weights costs what that did, too; with all teachers it is counted once
+    alone, with_teachers = (float(line.split(": ")[1].split()[0]) for line in words[1:])
+    rewrite(run / "student.safetensors", init="0", init_flops=books["expert 0"]["flops"])
+    assert [float(line.split(": ")[1].split()[0]) for line in report.ledger(run, 3)[1][1:]] == pytest.approx([alone + 1 / 3, with_teachers], abs=2e-3)
     os.remove(run / "experts" / "1.safetensors")
     entries, words = report.ledger(run, 3)
     assert "ensemble" not in entries and not words      # of a part of the experts there is no sum
@@ -218,13 +261,14 @@ def test_feature_spaces_have_the_field_s_names_and_are_not_normalised(latent_run
     run = copy(latent_run, tmp_path)
     result = measured(run, tars, "--features", networks / "dinov2", networks / "clip-image", "--clip", networks / "clip-image", "--npz")
     row = result["rows"][0]
-    assert {"FD-DINOv2", "CLIP-FID"} <= row.keys() and "L2" not in result["reference"]["features"]["FD-DINOv2"]["preprocessing"]
+    assert {"FD-DINOv2 (dinov2)", "CLIP-FID (clip-image)"} <= row.keys()
+    assert "L2" not in (described := result["reference"]["features"]["FD-DINOv2 (dinov2)"]["preprocessing"]) and described in (run / "evaluation" / "models.md").read_text()
     assert result["loss"]["models"].keys() == {"ensemble, full", "ensemble, top-1", "ensemble, top-2", "ensemble, threshold-0.1", "ensemble, oracle"}
     assert len(result["router"]["accuracy"]) == 10 and result["reference"]["clip"]["class"] == "CLIPModel" and 0 <= row["clip_score"] <= 100
     # the reference's statistics, by hand
-    prepare, features, info = nets.image_features(make_config({"features.name": str(networks / "dinov2")}).features, CPU, normalise=False)
+    prepare, function, info = nets.image_features(make_config({"features.name": str(networks / "dinov2")}).features, CPU, normalise=False)
     data = TarDataset(sorted(map(str, tars.glob("*.tar"))), 8)
-    x = torch.from_numpy(features([prepare(Image.fromarray(square(data.sample(i)[0], 8))) for i in range(240)])).double()
+    x = torch.from_numpy(function([prepare(Image.fromarray(square(data.sample(i)[0], 8))) for i in range(240)])).double()
     kept = [load_file(path) for path in (run / "evaluation").glob("reference-*.safetensors")]
     mine = next(s for s in kept if "mean" in s and len(s["mean"]) == x.shape[1])
     torch.testing.assert_close(mine["mean"], x.mean(0), rtol=1e-4, atol=1e-5)
@@ -249,7 +293,7 @@ def test_clip_score_is_a_hundred_times_the_cosine(networks):
         assert value == pytest.approx(max(0, 100 * torch.cosine_similarity(out.image_embeds, out.text_embeds).item()), abs=1e-3)
 
 
-def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, config, tmp_path):
+def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, config, tmp_path, monkeypatch):
     folder = tmp_path / "tars"
     os.mkdir(folder)
     with tarfile.open(tars / "00000.tar") as source, tarfile.open(folder / "00000.tar", "w") as target:
@@ -260,9 +304,11 @@ def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, con
                 member.size = len(payload)
             target.addfile(member, io.BytesIO(payload))
     run = clustered(tmp_path / "run", folder, config, "--experts", 2, "--data.condition", "class", "--data.classes", 3)
+    asked, velocity = [], Ensemble.velocity
+    monkeypatch.setattr(Ensemble, "velocity", lambda team, s, c, *rest: (asked.extend(c.tolist()), velocity(team, s, c, *rest))[1])
     measured(run, folder, "--samples", 100, "--loss-images", 0, "--npz", "--steps", 1)
     with np.load(run / "evaluation" / "ensemble-top-1.npz") as arrays:
-        assert sorted(arrays["arr_1"].tolist()) == sorted(i % 3 for i in range(100))     # as many as the reference has
+        assert arrays["arr_1"].tolist() == asked and sorted(asked) == sorted(i % 3 for i in range(100))     # as many as the reference has
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------------
@@ -270,8 +316,15 @@ def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, con
 @pytest.mark.parametrize("flags, says", [
     (["--loss", "sample-1"], ["--loss sample-1", "draws"]),
     (["--loss", "oracle-1"], ["--loss oracle-1", "--loss oracle"]),
-    (["--images", "x"], ["--images and --size go together"]),
-    (["--images", "nowhere", "--size", 8], ["--images nowhere"]),
+    (["--images", "x"], ["--images needs --size"]),
+    (["--images", "x", "--size", 8], ["--samples does nothing with --images"]),
+    (["--samples", 0, "--npz"], ["--npz does nothing with --samples 0"]),
+    (["--samples", 0, "--cfg", 2], ["--cfg does nothing with --samples 0"]),
+    (["--loss-images", 0, "--loss", "full"], ["--loss does nothing with --loss-images 0"]),
+    (["--models", "monolith", "--route-every", 2], ["--route-every does nothing with --monolith"]),
+    (["--cfg-low", 5], ["cfg_low 5.0"]),
+    (["--seed", 2 ** 64], ["--seed"]),
+    (["--clip", "x", "--models", "student"], ["student.safetensors is missing"]),
     (["--runs", "x"], ["--runs needs --table experts"]),
     (["--table", "experts"], ["--runs DIR"]),
     (["--models", "student"], ["student.safetensors is missing", "distill.py"]),
@@ -288,5 +341,7 @@ def test_mistakes_are_named_in_one_line(trained, tars, tmp_path, flags, says):
 
 def test_pictures_of_another_size_are_refused(tars, tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
-    done = inside("evaluate.py", "--data", tars / "*.tar", "--images", tmp_path / "x.npz", "--size", 8, "--out", tmp_path / "out")
-    assert done.returncode == 2 and "16x16" in done.stderr and "--size 8" in done.stderr
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:-30])
+    for path, says in (("x.npz", ["16x16", "--size 8"]), ("torn.npz", ["cannot read pictures", "torn.npz"]), ("nowhere", ["cannot read pictures", "nowhere"])):
+        done = inside("evaluate.py", "--data", tars / "*.tar", "--images", tmp_path / path, "--size", 8, "--out", tmp_path / "out")
+        assert done.returncode == 2 and all(text in done.stderr for text in says)
