@@ -3,8 +3,8 @@
     python evaluate.py --run RUN --data ... --npz
     python bench/equal_noise.py RUN/evaluation/monolith.npz RUN/evaluation/ensemble-top-1.npz equal_noise.png
 
-Correlation over the pixels of pairs of pictures, from equal noise and (of the same class) from different noise, with the mean picture of the
-class subtracted, so that what all pictures share counts for nothing; and a picture of pairs and their averages.
+Correlation over the pixels of pairs of pictures, from equal noise and from different noise (of the same class, where there are classes), also with the
+mean picture of the class subtracted, so that what all of it share counts for nothing; and a picture of pairs and their averages.
 """
 import argparse
 import os
@@ -38,6 +38,8 @@ def main():
     other = np.arange(len(a))       # for each picture the next one of its class: different noise, the same condition
     for c in set(classes.tolist()):
         members = np.flatnonzero(classes == c)
+        if len(members) < 2:
+            sys.exit(f"error: one picture of class {c}: draw more --samples")
         other[members] = np.roll(members, 1)
     flat = [x.reshape(len(x), -1).astype(float) for x in (a, b)]
     centred = []
