@@ -58,6 +58,8 @@ class ByCluster(torch.utils.data.Dataset):
 def initial_weights(run, shard, config):
     """-> (weights, info) of the expert (or "all") that the student begins with. UserError if it is another model than `config`, or not velocity."""
     path = os.path.join(run, "experts", f"{shard}.safetensors")
+    if not os.path.exists(path):
+        raise UserError(f"--init {shard}: there is no {path}; give the number of an expert that is there, or all for the monolith")
     try:
         network, info = models.load(path)
     except ValueError as error:

@@ -165,8 +165,10 @@ def open_run(run, args, given, ranks):
             raise UserError(f"{run} has condition = none: --{idle[0]} does nothing")
         settings.cfg = 1.0
     routed = SimpleNamespace(**vars(settings) | ({"strategy": "full"} if args.table == "strategies" else {}))
+    if args.table == "strategies" and "ensemble" not in chosen:
+        raise UserError(f"--table strategies compares the ensemble's; of {run} only {' '.join(chosen)} is evaluated")
     if "sample.strategy" in given and (args.table == "strategies" or "ensemble" not in chosen):
-        raise UserError(f"--strategy {settings.strategy} does nothing " + ("with --table strategies" if "ensemble" in chosen else "without the ensemble"))
+        raise UserError(f"--strategy {settings.strategy} does nothing with" + (" --table strategies" if "ensemble" in chosen else "out the ensemble"))
     check_settings(routed, given, "" if "ensemble" in chosen else chosen[0])
     if args.loss and "ensemble" not in chosen:
         raise UserError(f"--loss {args.loss[0]} is a strategy of the ensemble, which is not evaluated")
@@ -323,6 +325,7 @@ def read_arguments():
     alone = {"--loss": args.loss, "--samples": args.samples, "--loss-images": args.loss_images, "--seed": args.seed, "--models": args.models, "--clip": args.clip,
              "--npz": args.npz, "--table": args.table != "models"} | {f"--{name}": True for name in given}
     if args.images:
+        alone["--run"] = args.run != parser.get_default("run")
         if not args.size or not args.out:
             raise UserError("--images needs --size, the pixels of a side, and --out, a folder for the results")
         if idle := [flag for flag, value in alone.items() if value not in (None, False, "", [])]:
@@ -332,8 +335,8 @@ def read_arguments():
     args.samples, args.loss_images, args.seed = (default if value is None else value
                                                  for value, default in ((args.samples, 10_000), (args.loss_images, 2000), (args.seed, 0)))
     if min(args.samples, args.loss_images) < 0 or args.samples == 1 or args.batch < 1 or not 0 <= args.seed < 2 ** 63:
-        raise UserError(f"--samples {args.samples} must be 0 or at least 2, --loss-images {args.loss_images} at least 0, --batch {args.batch} at least 1, "
-                        f"--seed {args.seed} from 0 to 2^63")
+        raise UserError(f"one of these is out of range: --samples {args.samples} (0, or at least 2), --loss-images {args.loss_images} (at least 0), "
+                        f"--batch {args.batch} (at least 1), --seed {args.seed} (0 to 2^63)")
     of_samples = {"--features": args.features, "--clip": args.clip, "--npz": args.npz} | {
         f"--{n.partition('.')[2].replace('_', '-')}": n.startswith("sample.") and n.partition(".")[2] not in ("resident", "precision", "compile") for n in given}
     for idle, why in ((not args.samples and next((flag for flag, value in of_samples.items() if value), ""), "--samples 0"),

@@ -89,7 +89,8 @@ def rows_table(results):
             cells = ["(the reference)"] + [""] * (len(header) - 6) + [percent(reference["cluster_shares"]), "", reference["images"], "", reference["name"]]
             lines.append([result["run"]] * several + cells)
     features = results[0]["reference"]["features"]
-    return markdown(["run"] * several + header, lines) + "".join(f"\n\n{name}: {info['name']}, {info['preprocessing']}" for name, info in features.items())
+    return markdown(["run"] * several + header, lines) + "".join(
+        f"\n\n{name}: {info['name']}, {info['preprocessing']}; precision and recall: of {rows[0][name]['of_pictures']} pictures each" for name, info in features.items())
 
 
 def bins(values):
@@ -97,12 +98,13 @@ def bins(values):
 
 
 def loss_table(loss):
-    lines = [[name, f"{v['mean']:.5f}", f"{v['difference']:+.5f} +- {v['difference_error']:.5f}" if "difference" in v else "", *(f"{x:.4f}" for x in v["by_t"])]
-             for name, v in loss["models"].items()]
+    paired = "monolith" in loss["models"]
+    lines = [[name, f"{v['mean']:.5f}"] + [f"{v['difference']:+.5f} +- {v['difference_error']:.5f}" if "difference" in v else ""] * paired
+             + [f"{x:.4f}" for x in v["by_t"]] for name, v in loss["models"].items()]
     times = bins(next(iter(loss["models"].values()))["by_t"])
     return (f"validation loss of the velocity: {loss['images']} pictures of {loss['reference']}, at {len(times)} times each, the same noise for all "
-            f"(seed {loss['seed']}, precision {loss['precision']}); "
-            f"difference: to the monolith, picture by picture, +- one standard error\n\n" + markdown(["model", "loss", "difference", *times], lines))
+            f"(seed {loss['seed']}, precision {loss['precision']})"
+            + "; difference: to the monolith, picture by picture, +- one standard error" * paired + "\n\n" + markdown(["model", "loss"] + ["difference"] * paired + times, lines))
 
 
 def as_text(results):

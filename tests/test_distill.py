@@ -108,7 +108,7 @@ def test_two_ranks_and_a_resume_teach_the_same_student(distilled, trained, tmp_p
 
 @pytest.mark.parametrize("flags, says", [
     (["--train.batch", 9, "--train.micro_batch", 2], ["batch of 9", "2", "--train.micro_batch"]),
-    (["--init", "7"], ["--init 7", "7.safetensors"]),
+    (["--init", "7"], ["--init 7: there is no", "7.safetensors"]),
     (["--init", "0"], ["--init 0", "predicts x0"]),
     (["--data.size", 16], ["the student", "do not fit together", "size 16 / 8"]),
     (["--flow.objective", "eps"], ["unknown argument --flow.objective"])])

@@ -329,7 +329,8 @@ def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, con
     (["--table", "experts"], ["--runs DIR"]),
     (["--models", "student"], ["student.safetensors is missing", "distill.py"]),
     (["--features", "./nowhere"], ["features = './nowhere'", "no such folder"]),
-    (["--samples", 1], ["--samples 1"]),
+    (["--samples", 1], ["--samples 1 (0, or at least 2)"]),
+    (["--table", "strategies", "--models", "monolith"], ["--table strategies", "only monolith"]),
     (["--loss", "top-4"], ["'top-4'", "4 experts of 3"]),
     (["--table", "strategies", "--strategy", "once"], ["--strategy once does nothing with --table strategies"]),
     (["--model", "student"], ["unknown argument --model"])])
