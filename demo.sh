@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method in about ten minutes on two CPU cores: a drawn data set, four isolated experts, a router, samples from prompts, a student.
+# The whole method in ten to twenty minutes on two CPU cores: a drawn data set, four isolated experts, a router, samples from prompts, a student.
 # Reads as a tutorial; every line can be typed by hand. `make demo` installs what it needs first.
 set -euo pipefail
 cd "$(dirname "$0")"
