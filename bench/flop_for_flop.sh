@@ -8,7 +8,8 @@
 #     JOBS=1 bash bench/flop_for_flop.sh TRAIN VALIDATION RUNS --experts 8 --model.preset DiT-S/2 --train.steps ...   # on one GPU
 #
 # Everything after the third argument goes to cluster.py over bench/flop_for_flop.toml. SEEDS="0 1 2", SAMPLES=2500 a row, JOBS=2 at a time
-# (on one CPU core each). Killed, it goes on where it was when it is run again.
+# (on one CPU core each). Run again after a kill, trainings go on where they were;
+# evaluations are made anew.
 set -euo pipefail
 TRAIN=$1 VALIDATION=$2 RUNS=$3
 shift 3
