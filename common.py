@@ -64,11 +64,12 @@ CONFIG = {
         "precision": ("auto", "auto: bf16 on a GPU, fp32 on a CPU", ("auto", "bf16", "fp32")),
     },
     "model": {
-        "preset": ("DiT-S/2", "DiT-{S,B,L,XL}/{2,4,8}, or tiny/2, mini/2 for a CPU"),
+        "preset": ("DiT-S/2", "DiT-{S,B,L,XL}/{2,4,8}, MMDiT-3B/{2,4,8}, or tiny/2, mini/2, MMDiT-tiny/2 for a CPU"),
         "dim": (0, "hidden width (0: the preset's)"),
         "depth": (0, "number of blocks (0: the preset's)"),
         "heads": (0, "attention heads (0: the preset's)"),
         "patch": (0, "side of a patch (0: the preset's)"),
+        "double": (0, "blocks with streams of their own for picture and text, which makes it an MMDiT (0: the preset's)"),
     },
     "router": {
         "preset": ("DiT-S/4", "as in [model]"),
@@ -93,6 +94,10 @@ CONFIG = {
         "weight_decay": (0.0, "AdamW's weight decay"),
         "clip": (1.0, "largest norm of the gradient (0: not clipped)"),
         "ema": (0.9999, "decay of the averaged weights; min(ema, (1 + n) / (10 + n)) after n steps"),
+        "parallel": ("auto", "several GPUs: ddp, each holds the whole model; fsdp, each a part of it; auto: fsdp if the whole does not fit", ("auto", "ddp", "fsdp")),
+        "activation_checkpointing": ("none", "what a block forgets until the backward pass: nothing; all but matrix products and attention; everything",
+                                     ("none", "selective", "block")),
+        "compile": ("auto", "torch.compile the blocks, which takes a minute at first. auto: on a GPU", ("auto", "yes", "no")),
         "precision": ("auto", "auto: bf16 autocast on a GPU, fp32 on a CPU; fp32 on a GPU multiplies in TF32", ("auto", "bf16", "fp32")),
         "export": ("fp32", "dtype of the exported weights", ("fp32", "bf16")),
         "seed": (0, "seed of the initial weights, the order of the data and the noise"),
@@ -102,6 +107,13 @@ CONFIG = {
     },
     "train.router": {},     # what differs from [train] when the router or the student trains; filled in below
     "train.student": {},
+    "plan": {
+        "gpus": (8, "number of GPUs"),
+        "gpu": ("H100", "their kind, of which plan.py knows peak rate and memory",
+                ("B200", "GB200", "GH200", "H200", "H100", "H100 PCIe", "A100", "L40S", "L4", "A10", "RTX 5090", "RTX 4090", "RTX 3090", "MI300X")),
+        "mfu": (0.4, "share of the peak rate that training reaches (model FLOPs utilisation)"),
+        "step_seconds": (0.0, "a step time from elsewhere, to say which MFU and batch it implies (0: none)"),
+    },
     "sample": {
         "steps": (50, "steps of the solver"),
         "solver": ("euler", "first order; second order with two forwards a step; second order with one", ("euler", "heun", "ab2")),
@@ -130,7 +142,7 @@ CONFIG["train.student"]["micro_batch"] = (0, "images a forward pass, all of one 
 LEAST = {"data.size": 1, "data.classes": 1, "data.run": 1, "data.workers": -1, "features.batch": 1, "cluster.experts": 1, "cluster.fine": 1,
          "cluster.router_images": 1, "text.length": 1, "text.vocab": 2, "flow.shift": 0.01, "train.steps": 1, "train.batch": 1,
          "train.log_every": 1, "train.save_every": 1, "train.router.steps": 0, "train.student.batch": 0, "sample.steps": 1, "sample.router_temperature": 1e-6,
-         "sample.route_every": 1}
+         "sample.route_every": 1, "plan.gpus": 1, "plan.mfu": 0.001}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -282,10 +294,15 @@ def parse(parser, argv=None):
     return args, given
 
 
-def load_run(run, given, stage=""):
-    """The config that cluster.py wrote into the run, with the flags given over it. stage: whose flags --train.* are, "router" or "student"."""
+def load_run(run, given, stage="", path=""):
+    """The config that cluster.py wrote into the run, or that of the file `path`, with the flags given over it.
+
+    stage: whose flags --train.* are, "router" or "student".
+    """
     if stage:       # they go over [train.<stage>]
         given = {f"train.{stage}.{n.rpartition('.')[2]}" if n.startswith("train.") else n: v for n, v in given.items()}
+    if path:
+        return make_config(read_toml(path), given)
     path = os.path.join(run, "config.toml")
     if not os.path.exists(path):
         raise UserError(f"no run at {run} ({path} is missing): make it with cluster.py --run {run} --data ...")

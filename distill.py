@@ -19,10 +19,12 @@ import os
 import numpy as np
 import torch
 
+import engine
 import flow
 import model as models
+import plan
 import training
-from common import UserError, load_run, make_parser, on_rank_0, parse, read_clusters, script, start
+from common import UserError, load_run, on_rank_0, parse, read_clusters, script, start
 from ensemble import Ensemble
 
 GOLDEN = (5 ** 0.5 - 1) / 2
@@ -73,16 +75,19 @@ def initial_weights(run, shard, config):
 
 
 def main():
-    parser = make_parser(__doc__, ["train", "train.student", "data", "model", "autoencoder", "text"])
+    parser = training.stage_parser(__doc__, ["train", "train.student", "data", "model", "autoencoder", "text"])
     parser.add_argument("--init", default="", metavar="K|all", help="begin with the weights of this expert, or the monolith's (default: from scratch)")
     parser.add_argument("--resident", type=int, default=1, metavar="N", help="teachers on the device at most (default: 1; 0: all)")
     args, given = parse(parser)
-    config = load_run(args.run, given, "student")
+    config = load_run(args.run, given, "student", args.plan)
     config.flow.objective, config.flow.path = "velocity", "linear"      # the student's, whatever its teachers'
     train = training.stage_config(config, "student")
     K = config.cluster.experts
-    clusters = read_clusters(args.run)
     train.batch = batch = train.batch or max(1, config.train.batch // 4)
+    if args.plan is not None:       # teachers of the student's size: a forward of each image, and their weights
+        shape = training.model_config(config, "model", training.plan_space(args, config))
+        return plan.report("student", shape, train, batch, config.plan, teachers=args.resident or K)
+    clusters = read_clusters(args.run)
     if there := set(map(str, range(K))) - set(training.find_shards(args.run)):
         raise UserError(f"the student needs all {K} shards, {args.run} lacks {', '.join(sorted(there, key=int))}")
 
@@ -103,7 +108,7 @@ def main():
         raise UserError(f"the student needs all {K} experts as teachers, {args.run}/experts has {', '.join(map(str, teachers.paths))}")
     teachers.check_fits("the student", {"model": vars(student_config), **info})
     initial, begun = initial_weights(args.run, args.init, student_config) if args.init else (None, {"flops": 0})
-    state = training.State(args.run, "student", student_config, train, ranks, config, space, initial, shard="student", init=args.init,
+    state = engine.State(args.run, "student", student_config, train, ranks, config, space, batch, initial, shard="student", init=args.init,
                            clustering=clusters["fingerprint"], images=len(data), micro_batch=micro,
                            teachers=" ".join(f"{k}:{about['step']}" for k, about in teachers.infos.items()))
     # beside its own training, of each image: the forward of its teacher
@@ -111,7 +116,7 @@ def main():
     info["init_flops"] = begun["flops"]
 
     path = os.path.join(args.run, "student.safetensors")
-    for step in training.steps(state, data, space, config, batch, shown="loss"):
+    for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
         first = (state.step * batch + ranks.rank * share) // micro      # this rank's first micro-batch of the step
         for m, b in enumerate(step.batches(), first):
             t = flow.sample_time(b.u, config.flow.time, config.flow.shift)

@@ -1,9 +1,10 @@
-"""DiT and the router on top of it: one trunk, two heads. Self-contained: torch and safetensors alone.
+"""DiT, the router on top of it, and MMDiT for experts of billions of weights. Self-contained: torch and safetensors alone.
 
-    x_t [B,C,S,S], t [B], c  ->  DiT:    [B,C,S,S]  velocity, x0 or eps (flow.py says which)
-                             ->  Router: [B,K]      logits of p(k | x_t, t, c)
+    x_t [B,C,S,S], t [B], c  ->  DiT, MMDiT: [B,C,S,S]  velocity, x0 or eps (flow.py says which)
+                             ->  Router:     [B,K]      logits of p(k | x_t, t, c)
 
-Blocks are adaLN-Zero (Peebles & Xie 2023); text enters by cross-attention to a sequence of tokens, as in PixArt-alpha.
+DiT's blocks are adaLN-Zero (Peebles & Xie 2023); text enters by cross-attention to a sequence of tokens, as in PixArt-alpha. In MMDiT,
+after FLUX, text is a second stream of tokens, with weights of its own in the first blocks, the same ones later.
 The condition c is None (condition = none), class numbers [B] (class), or for text word numbers [B,L] (see hash_words) or the token
 features [B,L,E] of a pretrained encoder. In a text, a row of zeros is no token; a text of none is no condition.
 """
@@ -20,15 +21,17 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-#                     dim  depth  heads
-SIZES = {"DiT-S":  ( 384,   12,    6),
-         "DiT-B":  ( 768,   12,   12),
-         "DiT-L":  (1024,   24,   16),
-         "DiT-XL": (1152,   28,   16),
-         "mini":   ( 192,    6,    4),      # for a CPU
-         "tiny":   ( 128,    4,    4)}
-PRESETS = {f"{name}/{patch}": dict(dim=dim, depth=depth, heads=heads, patch=patch)
-           for name, (dim, depth, heads) in SIZES.items() for patch in (2, 4, 8)}
+#                        dim  depth  heads  double
+SIZES = {"DiT-S":       ( 384,   12,    6,     0),
+         "DiT-B":       ( 768,   12,   12,     0),
+         "DiT-L":       (1024,   24,   16,     0),
+         "DiT-XL":      (1152,   28,   16,     0),
+         "MMDiT-3B":    (2560,   30,   20,     8),      # our reading of the paper's "hidden 2560, depth 30, 3B": 30 double-stream blocks would be 7B
+         "mini":        ( 192,    6,    4,     0),      # for a CPU
+         "tiny":        ( 128,    4,    4,     0),
+         "MMDiT-tiny":  ( 128,    4,    4,     1)}
+PRESETS = {f"{name}/{patch}": dict(dim=dim, depth=depth, heads=heads, patch=patch, double=double)
+           for name, (dim, depth, heads, double) in SIZES.items() for patch in (2, 4, 8)}
 
 
 @dataclass
@@ -45,12 +48,16 @@ class ModelConfig:
     text_dim: int = 0           # condition = text: width E of the token features; 0: word numbers come in
     length: int = 0             # condition = text: words or tokens a caption, at most
     clusters: int = 0           # K for a router, 0 for a denoiser
+    double: int = 0             # so many of the blocks are double-stream, the rest single-stream: an MMDiT; 0: a DiT
 
     def __post_init__(self):
         if self.size % self.patch:
             raise ValueError(f"size {self.size} is not a multiple of the patch {self.patch}: change data.size or the model's patch")
         if self.dim % self.heads or self.dim % 4:
             raise ValueError(f"dim {self.dim} must be a multiple of heads {self.heads} and of 4")
+        if self.double and (self.dim // self.heads % 4 or self.double > self.depth or self.clusters):
+            raise ValueError(f"double {self.double}: an MMDiT is a denoiser, its heads ({self.dim} / {self.heads} wide) a multiple of 4, "
+                             f"at most all of its {self.depth} blocks double-stream")
 
 
 def hash_words(text, length, vocab):
@@ -73,6 +80,26 @@ def sincos_2d(dim, side):
 
 def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def rms_norm(x, weight):
+    """x [...,d] by its root mean square, times weight [d]."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), 1e-6)      # of one dtype: the fused kernel wants it so
+
+
+def rotary_2d(dim, side):
+    """[side*side, dim/2]: the angles of rotary positions, of the row in one half, of the column in the other, both from the picture's centre."""
+    freq = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2)[:, None] * freq      # [side, dim/4]
+    rows, cols = angle[:, None].expand(side, side, -1), angle[None].expand(side, side, -1)
+    return torch.cat([rows, cols], dim=2).reshape(side * side, dim // 2).float()
+
+
+def rotate(x, angle):
+    """x [B,H,N,d] with the pairs (i, i + d/2) of its last dimension turned by angle [N,d/2]."""
+    a, b = x.float().chunk(2, dim=3)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=3).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -115,17 +142,86 @@ class Block(nn.Module):
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
+class Stream(nn.Module):
+    """The weights that a double-stream block has for its picture tokens, or for its text tokens."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(dim // heads)) for _ in range(2))
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+
+    def heads_of(self, x, shift, scale):
+        """[B,N,D] -> q, k, v [B,H,N,D/H]."""
+        q, k, v = self.qkv(modulate(self.norm1(x), shift, scale)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return rms_norm(q, self.q_norm), rms_norm(k, self.k_norm), v
+
+    def finish(self, x, out, gate1, shift2, scale2, gate2):
+        """x [B,N,D] and what it attended to -> [B,N,D]."""
+        x = x + gate1[:, None] * self.proj(out)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class DoubleBlock(nn.Module):
+    """Picture and text apart but for the attention, in which each token sees all of both (Esser et al. 2024)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.text, self.image = Stream(dim, heads), Stream(dim, heads)
+        self.table = nn.Parameter(torch.zeros(2, 6, dim))       # added to the shared modulation, as in PixArt-alpha
+
+    def forward(self, y, x, c, angle, mask):
+        """y [B,M,D], x [B,N,D]; c [B,6,D]; angle [M+N,d/2]; mask [B,1,1,M+N] -> y, x."""
+        mod_y, mod_x = ((c + table).unbind(1) for table in self.table)
+        (qy, ky, vy), (qx, kx, vx) = self.text.heads_of(y, *mod_y[:2]), self.image.heads_of(x, *mod_x[:2])
+        q, k, v = torch.cat([qy, qx], dim=2), torch.cat([ky, kx], dim=2), torch.cat([vy, vx], dim=2)        # [B,H,M+N,d]
+        out = F.scaled_dot_product_attention(rotate(q, angle), rotate(k, angle), v, attn_mask=mask).transpose(1, 2).flatten(2)
+        out_y, out_x = out.split([y.shape[1], x.shape[1]], dim=1)
+        return self.text.finish(y, out_y, *mod_y[2:]), self.image.finish(x, out_x, *mod_x[2:])
+
+
+class SingleBlock(nn.Module):
+    """Picture and text as one sequence; attention and MLP side by side, in two matrices (Dehghani et al. 2023, FLUX)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.linear1 = nn.Linear(dim, 7 * dim)      # q, k, v and the MLP's hidden layer
+        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(dim // heads)) for _ in range(2))
+        self.linear2 = nn.Linear(5 * dim, dim)
+        self.table = nn.Parameter(torch.zeros(3, dim))
+
+    def forward(self, z, c, angle, mask):
+        """z [B,M+N,D]; c [B,6,D], of which the first three serve here; angle [M+N,d/2]; mask [B,1,1,M+N] -> z."""
+        shift, scale, gate = (c[:, :3] + self.table).unbind(1)
+        D = z.shape[2]
+        qkv, hidden = self.linear1(modulate(self.norm(z), shift, scale)).split([3 * D, 4 * D], dim=2)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)                              # [B,H,M+N,d]
+        q, k = rotate(rms_norm(q, self.q_norm), angle), rotate(rms_norm(k, self.k_norm), angle)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return z + gate[:, None] * self.linear2(torch.cat([out.transpose(1, 2).flatten(2), F.gelu(hidden, approximate="tanh")], dim=2))
+
+
 class Trunk(nn.Module):
-    """Patches, positions, time and condition, and the blocks: what denoiser and router have in common."""
+    """Patches, time and condition as tokens and vectors, and the blocks: what all the models have in common."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.patch_embed = nn.Conv2d(c.channels, c.dim, c.patch, stride=c.patch)
-        self.register_buffer("positions", sincos_2d(c.dim, c.size // c.patch), persistent=False)    # a constant: not saved
+        self.register_buffer("positions", None, persistent=False)       # a constant: not saved
+        self.reset_positions()
         self.time_mlp = nn.Sequential(nn.Linear(256, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         if c.condition == "class":
             self.class_embed = nn.Embedding(c.classes + 1, c.dim)       # the last row: no class
+        if c.condition == "text" or c.double:
+            self.text_null = nn.Parameter(torch.zeros(1, 1, c.dim))     # always attended: all there is without a caption
+            self.text_norm = nn.LayerNorm(c.dim, eps=1e-6)
         if c.condition == "text":
             if c.text_dim:      # as PixArt-alpha's; the encoder's tokens know their positions
                 self.text_proj = nn.Sequential(nn.LayerNorm(c.text_dim), nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"),
@@ -133,11 +229,16 @@ class Trunk(nn.Module):
             else:
                 self.word_embed = nn.Embedding(c.vocab, c.dim)
                 self.word_positions = nn.Parameter(torch.zeros(c.length, c.dim))
-            self.text_null = nn.Parameter(torch.zeros(1, 1, c.dim))     # always attended: all there is without a caption
-            self.text_norm = nn.LayerNorm(c.dim, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.condition == "text") for _ in range(c.depth))
+        self.make_blocks(c)
         self.final_norm = nn.LayerNorm(c.dim, eps=1e-6, elementwise_affine=False)
+
+    def make_blocks(self, c):
+        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.condition == "text") for _ in range(c.depth))
         self.final_adaLN = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 2 * c.dim))
+
+    def reset_positions(self, device=None, dtype=torch.float32):
+        """Computes the constants that are not saved."""
+        self.positions = sincos_2d(self.config.dim, self.config.size // self.config.patch).to(device, dtype)     # [N,D]
 
     def init_weights(self):
         """As DiT: Xavier for linear layers, N(0, 0.02^2) for embeddings, zeros wherever a branch joins or leaves (adaLN-Zero)."""
@@ -151,14 +252,17 @@ class Trunk(nn.Module):
         nn.init.zeros_(self.patch_embed.bias)
         for linear in (self.time_mlp[0], self.time_mlp[2]):
             nn.init.normal_(linear.weight, std=0.02)
-        if self.config.condition == "text":
-            if not self.config.text_dim:
-                nn.init.normal_(self.word_positions, std=0.02)
+        if hasattr(self, "word_positions"):
+            nn.init.normal_(self.word_positions, std=0.02)
+        if hasattr(self, "text_null"):
             nn.init.normal_(self.text_null, std=0.02)
-        zero = [self.final_adaLN[1], self.head] + [b.adaLN[1] for b in self.blocks] + [b.cross.proj for b in self.blocks if b.cross]
-        for linear in zero:
+        for linear in [self.head, *self.joints()]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    def joints(self):
+        """The linear layers, besides the head, that begin as zeros."""
+        return [self.final_adaLN[1]] + [b.adaLN[1] for b in self.blocks] + [b.cross.proj for b in self.blocks if b.cross]
 
     def embed_time(self, t):
         """t [B] in [0,1] -> [B,D]: sines and cosines of 1000 t, then an MLP."""
@@ -175,33 +279,45 @@ class Trunk(nn.Module):
         y = torch.cat([self.text_null.expand(len(c), -1, -1), y], dim=1)
         return self.text_norm(y), F.pad(mask, (1, 0), value=True)
 
-    def trunk(self, x_t, t, c, first=None):
-        """-> [B,N,D] after the blocks, normalised and modulated. `first` [1,1,D]: a token set before the patches."""
-        x = self.patch_embed(x_t).flatten(2).transpose(1, 2) + self.positions   # [B,N,D]
-        if first is not None:
-            x = torch.cat([first.expand(len(x), -1, -1), x], dim=1)             # [B,1+N,D]
-        emb, y, mask = self.embed_time(t), None, None                           # [B,D]
+    def embed(self, x_t, t, c):
+        """-> the patches as tokens [B,N,D]; time, and class if there is one, as a vector [B,D]."""
+        emb = self.embed_time(t)
         if self.config.condition == "class":
             emb = emb + self.class_embed(c)
-        elif self.config.condition == "text":
+        return self.patch_embed(x_t).flatten(2).transpose(1, 2), emb
+
+    def trunk(self, x_t, t, c, first=None):
+        """-> [B,N,D] after the blocks, normalised and modulated. `first` [1,1,D]: a token set before the patches."""
+        x, emb = self.embed(x_t, t, c)                                          # [B,N,D], [B,D]
+        x, y, mask = x + self.positions, None, None
+        if first is not None:
+            x = torch.cat([first.expand(len(x), -1, -1), x], dim=1)             # [B,1+N,D]
+        if self.config.condition == "text":
             y, mask = self.embed_text(c)                                        # [B,1+L,D], [B,1+L]
         for block in self.blocks:
             x = block(x, emb, y, mask)                                          # [B,N,D]
         shift, scale = self.final_adaLN(emb).chunk(2, dim=1)
         return modulate(self.final_norm(x), shift, scale)
 
+    def tokens(self):
+        """Tokens of an image: of the picture (with the router's own), and of its text (the learned null among them)."""
+        c = self.config
+        return (c.size // c.patch) ** 2 + (c.clusters > 0), 1 + c.length if c.condition == "text" or c.double else 0
+
     def flops(self):
         """Forward FLOPs of one image (a multiply-add is two); a training step costs three times as many."""
-        c = self.config
-        D, L = c.dim, 1 + c.length
-        patches = (c.size // c.patch) ** 2
-        N = patches + (1 if c.clusters else 0)
-        block = 24 * N * D * D + 4 * N * N * D + 12 * D * D             # qkv, proj, mlp; attention; adaLN
-        if c.condition == "text":
-            block += 4 * N * D * D + 4 * L * D * D + 4 * N * L * D      # q and proj; k and v; attention
+        c, D = self.config, self.config.dim
+        patch = 2 * c.patch ** 2 * c.channels * D * (c.size // c.patch) ** 2
         text = 2 * c.length * (c.text_dim * D + D * D) if c.text_dim else 0
-        head = 2 * D * c.clusters if c.clusters else 2 * N * D * c.patch ** 2 * c.channels
-        return c.depth * block + 2 * patches * c.patch ** 2 * c.channels * D + 2 * (256 * D + D * D) + 4 * D * D + text + head
+        return patch + 2 * (256 * D + D * D) + text + self.block_flops() + (2 * D * c.clusters if c.clusters else patch)
+
+    def block_flops(self):
+        """Of all blocks, with what modulates them and the last norm."""
+        D, (N, L) = self.config.dim, self.tokens()
+        block = 24 * N * D * D + 4 * N * N * D + 12 * D * D             # qkv, proj, mlp; attention; adaLN
+        if self.config.condition == "text":
+            block += 4 * N * D * D + 4 * L * D * D + 4 * N * L * D      # q and proj; k and v; attention
+        return self.config.depth * block + 4 * D * D
 
 
 class DiT(Trunk):
@@ -218,6 +334,44 @@ class DiT(Trunk):
         x = self.head(self.trunk(x_t, t, c))                                    # [B,n*n,p*p*C]
         x = x.view(-1, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4)                 # [B,C,n,p,n,p]
         return x.reshape(-1, C, n * p, n * p)
+
+
+class MMDiT(DiT):
+    """A denoiser of two streams, text and picture, after FLUX: double-stream blocks, then single-stream ones. Rotary positions, normalised
+    queries and keys, one modulation that all blocks share (each adds a learned table to it)."""
+
+    def make_blocks(self, c):
+        self.blocks = nn.ModuleList(DoubleBlock(c.dim, c.heads) if i < c.double else SingleBlock(c.dim, c.heads) for i in range(c.depth))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.final_table = nn.Parameter(torch.zeros(2, c.dim))
+
+    def reset_positions(self, device=None, dtype=None):
+        self.positions = rotary_2d(self.config.dim // self.config.heads, self.config.size // self.config.patch).to(device)     # fp32 always
+
+    def joints(self):
+        return [self.modulation[1]]
+
+    def trunk(self, x_t, t, c):
+        """-> [B,N,D]: the picture's tokens after the blocks, normalised and modulated."""
+        x, emb = self.embed(x_t, t, c)                                          # [B,N,D], [B,D]
+        if self.config.condition == "text":
+            y, mask = self.embed_text(c)                                        # [B,M,D], [B,M]
+            mask = F.pad(mask, (0, x.shape[1]), value=True)[:, None, None]      # [B,1,1,M+N]
+        else:
+            y, mask = self.text_norm(self.text_null).expand(len(x), -1, -1), None
+        angle = F.pad(self.positions, (0, 0, y.shape[1], 0))                    # text is not turned
+        mod = self.modulation(emb).unflatten(1, (6, -1))                        # [B,6,D]
+        for block in self.blocks[:self.config.double]:
+            y, x = block(y, x, mod, angle, mask)
+        z = torch.cat([y, x], dim=1)                                            # [B,M+N,D]
+        for block in self.blocks[self.config.double:]:
+            z = block(z, mod, angle, mask)
+        shift, scale = (emb[:, None] + self.final_table).unbind(1)
+        return modulate(self.final_norm(z[:, y.shape[1]:]), shift, scale)
+
+    def block_flops(self):
+        D, T = self.config.dim, sum(self.tokens())
+        return self.config.depth * (24 * T * D * D + 4 * T * T * D) + 12 * D * D        # both kinds of block cost the same
 
 
 class Router(Trunk):
@@ -246,7 +400,8 @@ def drop_condition(config, c, drop):
 
 
 def build(config):
-    return (Router if config.clusters else DiT)(config)
+    """The model of a ModelConfig, with initial weights."""
+    return (Router if config.clusters else MMDiT if config.double else DiT)(config)
 
 
 def flops(config):
@@ -294,5 +449,5 @@ def load(path, device="cpu", dtype=torch.float32):
         model = build(ModelConfig(**info["model"]))
     with safe_open(path, framework="pt", device=str(device)) as f:
         model.load_state_dict({k: f.get_tensor(k).to(dtype) for k in f.keys()}, assign=True)     # one by one: never twice on the device
-    model.positions = sincos_2d(model.config.dim, model.config.size // model.config.patch).to(device, dtype)
+    model.reset_positions(device, dtype)
     return model.eval(), info

@@ -13,41 +13,45 @@ Run again, it goes on from its newest checkpoint.
 """
 import os
 
+import engine
 import flow
+import plan
 import training
-from common import UserError, load_run, make_parser, on_rank_0, parse, read_clusters, script, start
+from common import UserError, load_run, on_rank_0, parse, read_clusters, script, start
 from model import drop_condition
 
 
 def main():
-    parser = make_parser(__doc__, ["train", "data", "model", "flow", "autoencoder", "text"])
+    parser = training.stage_parser(__doc__, ["train", "data", "model", "flow", "autoencoder", "text"])
     parser.add_argument("--shard", required=True, metavar="K", help="the cluster to train on: 0, 1, ..., or all for the monolith")
     args, given = parse(parser)
-    config = load_run(args.run, given)
+    config = load_run(args.run, given, path=args.plan)
     train = training.stage_config(config)
     K = config.cluster.experts
-    clusters = read_clusters(args.run)
+    if train.batch % K:
+        raise UserError(f"train.batch = {train.batch} is the whole ensemble's and must be a multiple of its {K} experts")
+    batch = train.batch if args.shard == "all" else train.batch // K      # equal compute: the monolith's batch, divided evenly
+    name = f"expert-{args.shard}"
+    if args.plan is not None:
+        return plan.report(name, training.model_config(config, "model", training.plan_space(args, config)), train, batch, config.plan)
 
+    clusters = read_clusters(args.run)
     there = training.find_shards(args.run)
     if args.shard != "all" and args.shard not in there:
         raise UserError(f"no shard {args.shard!r} in {args.run}/shards: there are {', '.join(there) or 'none'}, and all for the monolith")
     if args.shard == "all" and len(there) < K:
         raise UserError(f"the monolith needs all {K} shards, {args.run}/shards has {', '.join(there) or 'none'}")
-    if train.batch % K:
-        raise UserError(f"train.batch = {train.batch} is the whole ensemble's and must be a multiple of its {K} experts")
-    batch = train.batch if args.shard == "all" else train.batch // K      # equal compute: the monolith's batch, divided evenly
 
     ranks = start(args.device)
-    name = f"expert-{args.shard}"
     data, space = training.open_shards(args.run, there if args.shard == "all" else [args.shard], config, train, ranks, clusters)
     if space.config.autoencoder.name:
         on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
-    state = training.State(args.run, name, training.model_config(config, "model", space), train, ranks, config, space,
-                           shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
+    state = engine.State(args.run, name, training.model_config(config, "model", space), train, ranks, config, space, batch,
+                         shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
     info = training.describe(config, space, clusters) | {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
 
     path = os.path.join(args.run, "experts", f"{args.shard}.safetensors")
-    for step in training.steps(state, data, space, config, batch, shown="loss"):
+    for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
         for b in step.batches():
             t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
             c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)

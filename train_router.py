@@ -11,35 +11,42 @@ import math
 import os
 import sys
 
+import engine
 import flow
+import plan
 import training
-from common import load_run, make_parser, parse, read_clusters, script, start
+from common import load_run, parse, read_clusters, script, start
 from model import drop_condition, flops
 
 
+def set_steps(train, config, space):
+    """-> the router's ModelConfig; train.steps = 0 becomes 4% of the experts' training FLOPs, the paper's share."""
+    router_config = training.model_config(config, "router", space, clusters=config.cluster.experts)
+    if not train.steps:
+        expert, router = (flops(c) for c in (training.model_config(config, "model", space), router_config))
+        train.steps = math.ceil(0.04 * expert * config.train.steps * config.train.batch / (router * train.batch))
+        if train.steps < 1000 and os.environ.get("RANK", "0") == "0":
+            print(f"warning: 4% of the experts' training FLOPs are {train.steps} steps of the router, which may be too few to learn anything: "
+                  f"--train.router.steps N gives it more", file=sys.stderr)
+    return router_config
+
+
 def main():
-    parser = make_parser(__doc__, ["train", "train.router", "data", "router", "autoencoder", "text"])
+    parser = training.stage_parser(__doc__, ["train", "train.router", "data", "router", "autoencoder", "text"])
     args, given = parse(parser)
-    config = load_run(args.run, given, "router")
+    config = load_run(args.run, given, "router", args.plan)
     train = training.stage_config(config, "router")
-    K = config.cluster.experts
+    if args.plan is not None:
+        return plan.report("router", set_steps(train, config, training.plan_space(args, config)), train, train.batch, config.plan)
     clusters = read_clusters(args.run)
 
     ranks = start(args.device)
     data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters, labelled=True)
-    router_config = training.model_config(config, "router", space, clusters=K)
-    if not train.steps:     # 4% of the experts' training FLOPs
-        expert, router = (flops(c) for c in (training.model_config(config, "model", space), router_config))
-        train.steps = math.ceil(0.04 * expert * config.train.steps * config.train.batch / (router * train.batch))
-        if train.steps < 1000 and ranks.rank == 0:
-            print(f"warning: 4% of the experts' training FLOPs are {train.steps} steps of the router, which may be too few to learn anything: "
-                  f"--train.router.steps N gives it more", file=sys.stderr)
-
-    state = training.State(args.run, "router", router_config, train, ranks, config, space, clustering=clusters["fingerprint"], images=len(data))
+    state = engine.State(args.run, "router", set_steps(train, config, space), train, ranks, config, space, train.batch, clustering=clusters["fingerprint"], images=len(data))
     info = training.describe(config, space, clusters)
 
     path = os.path.join(args.run, "router.safetensors")
-    for step in training.steps(state, data, space, config, train.batch, shown="acc"):
+    for step in training.steps(state, data, space, config, shown="acc", profile=args.profile):
         for b in step.batches():
             # uniform on [0,1], whatever the experts' density: the answer at t = 1 matters most
             c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)

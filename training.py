@@ -1,4 +1,4 @@
-"""What the training stages share: data loading, gradient accumulation, EMA, checkpoints, signals and the log.
+"""What the training stages share: data loading, gradient accumulation, signals, the log, pictures. (engine.py has the model and its checkpoints.)
 
 A stage's loop stays in its script; this file is the generator that it loops over:
 
@@ -17,34 +17,50 @@ import contextlib
 import csv
 import functools
 import glob
-import json
 import multiprocessing
 import os
-import shutil
+import resource
 import signal
 import sys
 import time
-import warnings
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+import common
 import flow
 import model as models
 import networks
+import plan
 import pretrained
-from common import UserError, atomic, barrier, cores, differences, flat, progress, sum_over_ranks
+from common import UserError, atomic, barrier, cores, progress, sum_over_ranks
 from data import TarDataset, collate, index_tar, mix, picture_grid, to_tensor
+from engine import BINS, FINISHED, UNFINISHED
 
-BINS = 5            # of t in [0,1], in the log
-KEEP = 2            # checkpoints
-FINISHED, UNFINISHED = "finished", "to be continued"
+
+TIMING = ("images_per_s", "mfu", "wait", "memory_gb")       # columns of the log: MFU where the device's peak is known; share of the time spent waiting for data
 
 
 # ---- from the run -------------------------------------------------------------------------------------------------
+
+def stage_parser(doc, tables):
+    """common.make_parser for a training stage, with --plan and --profile."""
+    parser = common.make_parser(doc, [*tables, "plan"])
+    parser.add_argument("--plan", nargs="?", const="", metavar="CONFIG", help="train nothing: say what this training needs of time and memory; "
+                        "with a config file, before there is a run")
+    parser.add_argument("--profile", action="store_true", help="write torch's trace of three steps to RUN/logs/NAME.trace.json")
+    return parser
+
+
+def plan_space(args, config):
+    """What model_config asks of a Space, for --plan: without loading any network, and without the hub where plan.py knows the name."""
+    names = config.text.name.split(" + ") if config.data.condition == "text" and config.text.name != pretrained.NONE["text"] else []
+    autoencoder = plan.AUTOENCODERS.get(config.autoencoder.name)
+    if not args.plan or not autoencoder or not plan.TEXT_ENCODERS.keys() >= set(names):
+        return pretrained.Space(config, None, None if args.plan else common.read_clusters(args.run).get("networks"))
+    factor, channels = autoencoder
+    return SimpleNamespace(size=config.data.size // factor, channels=channels, text_dim=sum(plan.TEXT_ENCODERS[name] for name in names))
+
 
 def stage_config(config, stage=""):
     """[train] with the keys of [train.<stage>] that are set over it."""
@@ -60,7 +76,7 @@ def model_config(config, table, space, clusters=0):
     preset = settings.pop("preset")
     if preset and preset not in models.PRESETS:
         raise UserError(f"{table}.preset = {preset!r} is not one of {', '.join(models.PRESETS)}")
-    shape = models.PRESETS.get(preset, {}) | {k: v for k, v in settings.items() if v}
+    shape = {"double": 0} | models.PRESETS.get(preset, {}) | {k: v for k, v in settings.items() if v}
     if unset := settings.keys() - shape.keys():
         raise UserError(f"{table} has no preset, so it needs {', '.join(f'{table}.{k}' for k in sorted(unset))}, too")
     condition = {"none": {}, "class": {"classes": config.data.classes},
@@ -121,113 +137,6 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
     return data if apart else data[0], space
 
 
-# ---- state --------------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def _quiet():
-    """torch warns at each checkpoint of a single process that it is one; and 2.13 of broadcast_buffers, whose successor 2.12 lacks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        yield
-
-
-class State:
-    """Model, averaged weights, optimiser and counters of one training: all that a checkpoint holds.
-
-    Checkpoints are folders RUN/checkpoints/NAME/step-00001000, written beside their place and renamed. initial: weights {name: tensor} to
-    begin with; identity: what else may not change over a resume. image_flops is what training on one image costs.
-    """
-
-    def __init__(self, run, name, model_config, train, ranks, config, space, initial=None, **identity):
-        self.run, self.name, self.train, self.ranks = run, name, train, ranks
-        self.folder = os.path.join(run, "checkpoints", name)
-        torch.manual_seed(train.seed)       # the same initial weights on all ranks
-        self.model = models.build(model_config).to(ranks.device)
-        if initial:
-            self.model.load_state_dict(initial)
-        self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
-        # fused: one kernel over all weights
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
-        self.step, self.seconds, self.device_seconds, self.bad, self.warned = 0, 0.0, 0.0, 0, 0
-        self.image_flops = 3 * self.model.flops()       # of training on an image: forward, and twice that backward
-        # since the last row of the log: loss, images, gradient norms, steps, bad samples; then by bin of t: what is shown, images
-        self.sums = torch.zeros(5 + 2 * BINS, dtype=torch.float64, device=ranks.device)
-        # what may not change over a resume; the rest, such as steps or micro_batch, may
-        free = ("data.workers", "data.max_bad", "data.cached")
-        self.identity = {k: v for k, v in flat(config).items() if k.startswith(("data.", "flow.")) and k not in free}
-        self.identity |= {"train.seed": train.seed, "train.batch": train.batch, **identity}
-        self.identity |= {role: networks.identity(info) for role, info in space.info.items()}
-        self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
-        self.resumed = self._resume()
-        self.wrapped = self.model
-        if ranks.world > 1:
-            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            with _quiet():
-                self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
-
-    def _tensors(self):
-        weights, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": weights, "optimizer": optimizer, "ema": self.ema, "sums": self.sums}
-
-    def checkpoints(self):
-        """Complete checkpoints, the oldest first."""
-        return sorted(f for f in glob.glob(os.path.join(glob.escape(self.folder), "step-*")) if f[-1].isdigit())
-
-    def _resume(self):
-        newest = self.checkpoints()[-1:]
-        if not newest:
-            return False
-        with open(os.path.join(newest[0], "state.json")) as f:
-            state = json.load(f)
-        state["identity"].setdefault("flow.path", "linear")     # checkpoints from before there was a choice
-        if state["identity"] != self.identity:
-            raise UserError(f"{newest[0]} was made with other settings (there / now: {differences(state['identity'], self.identity)}): "
-                            f"use those, or delete {self.folder} to start anew")
-        tensors = self._tensors()
-        with _quiet():
-            dcp.load(tensors, checkpoint_id=newest[0], no_dist=not dist.is_initialized())     # in place, whatever the ranks were
-        set_state_dict(self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
-        if self.ranks.rank:
-            self.sums.zero_()       # they were summed over the ranks
-        self.step, self.seconds, self.bad = state["step"], state["seconds"], state["bad"]
-        self.device_seconds = state.get("device_seconds", 0.0)      # checkpoints from before they were counted
-        return True
-
-    def save(self, status):
-        """Writes a checkpoint and drops the oldest; marks the training as finished or to be continued."""
-        place = os.path.join(self.folder, f"step-{self.step:08d}")
-        tensors = self._tensors()
-        tensors["sums"] = sum_over_ranks(self.sums.clone())
-        if self.ranks.rank == 0:
-            for torn in glob.glob(os.path.join(glob.escape(self.folder), "step-*.tmp")):     # of a run that was killed here
-                shutil.rmtree(torn)
-        with _quiet():
-            dcp.save(tensors, checkpoint_id=f"{place}.tmp", no_dist=not dist.is_initialized())
-        if self.ranks.rank == 0:
-            state = {"step": self.step, "seconds": self.seconds, "device_seconds": self.device_seconds, "bad": self.bad, "identity": self.identity}
-            with open(os.path.join(f"{place}.tmp", "state.json"), "w") as f:
-                json.dump(state, f, indent=1)
-            shutil.rmtree(place, ignore_errors=True)
-            os.rename(f"{place}.tmp", place)
-            for old in self.checkpoints()[:-KEEP]:
-                shutil.rmtree(old)
-            self.mark(status)
-        barrier()
-
-    def mark(self, status):
-        """Tells a scheduler's script whether this training is finished."""
-        with atomic(os.path.join(self.folder, "status")) as temporary, open(temporary, "w") as f:
-            f.write(f"{status} {self.step}\n")
-
-    def export(self, path, images, /, **info):
-        """Writes the averaged weights as a model file (rank 0)."""
-        if self.ranks.rank == 0:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.train.export]
-            models.save(path, self.model.config, self.ema, dtype, step=self.step, images=images, flops=self.image_flops * images, **info)
-
-
 # ---- the log ------------------------------------------------------------------------------------------------------
 
 class Log:
@@ -254,7 +163,7 @@ class Log:
                 csv.DictWriter(f, self.columns).writerow(values)
             by_t = [name for name in self.columns if name[-3:-1] == "_t"]
             self.bar.set_postfix_str(f"loss {values['loss']}, {by_t[0][:-3]} by t {' '.join(values[n][:5] or '-' for n in by_t)}, "
-                                     f"{values['images_per_s']} images/s", refresh=False)
+                                     f"{values['images_per_s']} images/s" + (f", MFU {float(values['mfu']):.0%}" if values["mfu"] else ""), refresh=False)
 
     def update(self):
         if self.bar is not None:
@@ -270,6 +179,7 @@ class Log:
 class _Step:
     def __init__(self, state, loader, space, micro_batches, share, autocast):
         self.state, self.loader, self.space, self.count, self.share, self.autocast = state, loader, space, micro_batches, share, autocast
+        self.waited = 0.0       # seconds, for data
 
     def batches(self):
         """This rank's micro-batches of the step, on its device, as namespaces of x_0, c, k, u, drop and eps (data.py).
@@ -278,10 +188,12 @@ class _Step:
         """
         device = self.state.ranks.device
         for i in range(self.count):
+            since = time.perf_counter()
             try:
                 batch = next(self.loader)
             except UserError as error:      # a decoding process adds its traceback
                 raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "), local=True) from None
+            self.waited += time.perf_counter() - since
             self.state.sums[4] += len(batch["bad"])
             for line in batch["bad"]:
                 self.state.warned += 1
@@ -292,8 +204,7 @@ class _Step:
             batch = SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "bad"})
             batch.c = self.space.captions(captions) if captions else batch.c if batch.c.numel() else None      # condition = none
             batch.x_0 = self.space.x_0(batch.x, getattr(batch, "post", None)) if batch.x.dtype == torch.uint8 else batch.x
-            if self.state.ranks.world > 1:
-                self.state.wrapped.require_backward_grad_sync = i == self.count - 1
+            self.state.synchronise_gradients(i == self.count - 1)
             yield batch
 
     def model(self, x_t, t, c):
@@ -312,18 +223,11 @@ class _Step:
         sums[5 + BINS:].index_add_(0, bins, torch.ones_like(shown))
 
     def update(self):
-        """Clips, steps AdamW, moves the average: ema <- d ema + (1 - d) weights, with d = min(ema, (1 + n) / (10 + n))."""
-        state, train = self.state, self.state.train
-        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.clip or float("inf"))
-        if state.ranks.rank == 0:
-            state.sums[2] += norm.double()
-            state.sums[3] += 1
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        decay = min(train.ema, (1 + state.step) / (10 + state.step))
-        weights = [p.detach() for p in state.model.parameters()]
-        torch._foreach_lerp_(list(state.ema.values()), weights, 1 - decay)
+        """Clips the gradient, steps AdamW, moves the average."""
+        norm = self.state.update()
+        if self.state.ranks.rank == 0:
+            self.state.sums[2] += norm.double()
+            self.state.sums[3] += 1
 
 
 def learning_rate(train, step):
@@ -347,16 +251,36 @@ def positions(first, last, batch, rank, world, micro):
         yield from (list(mine[i:i + micro]) for i in range(0, share, micro))
 
 
-def steps(state, data, space, config, batch, shown):
-    """Yields a _Step for each optimiser step from the state's to train.steps, on global batches of `batch` images.
+def _peak_memory(cuda):
+    """Bytes that this rank has taken at most: of its GPU's memory since the last call, or of the host's."""
+    if not cuda:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def _profiler(state):
+    """torch's profiler over three steps after the tenth (or over the last ones, if there are fewer), written to RUN/logs/NAME.trace.json."""
+    def write(profiler):
+        path = os.path.join(state.run, "logs", f"{state.name}.trace.json")
+        with atomic(path) as temporary:
+            profiler.export_chrome_trace(temporary)
+        by = "self_cuda_time_total" if state.ranks.device.type == "cuda" else "self_cpu_time_total"
+        print(f"{profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60)}\n{path}: the trace of three steps, for ui.perfetto.dev", flush=True)
+
+    wait = min(10, max(0, state.train.steps - state.step - 4))
+    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=wait, warmup=1, active=3, repeat=1), on_trace_ready=write)
+
+
+def steps(state, data, space, config, shown, profile=False):
+    """Yields a _Step for each optimiser step from the state's to train.steps, on global batches of state.batch images.
 
     shown: "loss" or "acc", the name of what the log gives by noise level. The script calls batches, backward and update, and
     exports the weights where step.save says so; then this saves a checkpoint, if it is time or SIGTERM came, and logs.
-    UserError if the batch does not divide over the ranks, or too many samples cannot be read.
+    profile: write a trace of three steps. UserError if too many samples cannot be read.
     """
-    train, ranks = state.train, state.ranks
-    if batch % ranks.world:
-        raise UserError(f"a batch of {batch} cannot be shared by {ranks.world} ranks: change train.batch or --nproc_per_node")
+    train, ranks, batch = state.train, state.ranks, state.batch
     share = batch // ranks.world
     micro = min(train.micro_batch or share, share)
     count = -(-share // micro)
@@ -364,14 +288,14 @@ def steps(state, data, space, config, batch, shown):
         print(f"{state.name}: {sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters, {len(data)} images, "
               f"batch {batch} = {ranks.world} ranks x {share} in micro-batches of {micro}, "
               f"{train.steps} steps = {train.steps * batch / len(data):.1f} epochs; "
-              + (f"resumed at step {state.step}" if state.resumed else "from the beginning"), flush=True)
+              + (f"resumed at step {state.step}" if state.resumed else "from the beginning") + (f"\n{state.choice}" if state.choice else ""), flush=True)
     if state.step >= train.steps:
         if ranks.rank == 0:
             print(f"{state.name} is finished at step {state.step}; a larger --train.steps would go on")
         return
 
     if ranks.rank == 0:
-        state.mark(UNFINISHED)
+        state.mark(UNFINISHED, state.step)
     workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, cores() // ranks.world - 1))
     # a fork shares the index; and when this process fails, nobody else stops decoding processes that ignore signals
     fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
@@ -381,17 +305,20 @@ def steps(state, data, space, config, batch, shown):
         data, batch_sampler=positions(state.step, train.steps, batch, ranks.rank, ranks.world, micro), num_workers=workers,
         collate_fn=collate, worker_init_fn=_ignore_signals, multiprocessing_context=fork, pin_memory=cuda,
         prefetch_factor=4 if workers else None))
-    bf16 = train.precision == "bf16" or train.precision == "auto" and cuda
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16)
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=state.bf16)
+    peak = plan.peak_flops(torch.cuda.get_device_name(), state.bf16) if cuda else None
+    if cuda and not peak and ranks.rank == 0:
+        print(f"warning: the peak rate of {torch.cuda.get_device_name()!r} is not known, so the log has no MFU: plan.py has the table", file=sys.stderr)
 
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
-    log = Log(state, ["step", "time", "device_hours", "loss", "lr", "grad_norm", "images_per_s", "images", "flops", "bad"]
-              + [f"{shown}_t{i}" for i in range(BINS)])
+    log = Log(state, ["step", "time", "device_hours", "loss", "lr", "grad_norm", *TIMING, "images", "flops", "bad"] + [f"{shown}_t{i}" for i in range(BINS)])
     state.model.train()
-    since, images = time.monotonic(), 0
+    since, images, waited = time.monotonic(), 0, 0.0
+    profiler = _profiler(state) if profile and ranks.rank == 0 else contextlib.nullcontext()
     try:
+        profiler.__enter__()
         while state.step < train.steps:
             step = _Step(state, loader, space, count, batch / ranks.world, autocast)
             for group in state.optimizer.param_groups:
@@ -403,14 +330,18 @@ def steps(state, data, space, config, batch, shown):
             step.sample = train.sample_every and (state.step + 1) % train.sample_every == 0 or state.step + 1 == train.steps
             yield step
 
-            images += batch
+            images, waited = images + batch, waited + step.waited
+            if profile and ranks.rank == 0:
+                profiler.step()
             if state.step % train.log_every == 0 or state.step == train.steps:
                 total = sum_over_ranks(state.sums.clone()).tolist()
                 state.sums.zero_()
                 now = time.monotonic()
-                state.seconds, speed = state.seconds + now - since, images / (now - since)
-                state.device_seconds += (now - since) * ranks.world
-                since, images = now, 0
+                seconds = now - since
+                state.seconds, state.device_seconds = state.seconds + seconds, state.device_seconds + seconds * ranks.world
+                timing = {"images_per_s": f"{images / seconds:.1f}", "wait": f"{waited / seconds:.4f}", "memory_gb": f"{_peak_memory(cuda) / 1e9:.2f}",
+                          "mfu": f"{state.image_flops * images / (seconds * ranks.world * peak):.4f}" if peak else ""}
+                since, images, waited = now, 0, 0.0
                 state.bad += int(total[4])
                 read = state.step * batch + state.bad
                 if state.bad > 10 and state.bad > config.data.max_bad * read:
@@ -419,16 +350,19 @@ def steps(state, data, space, config, batch, shown):
                 by_t = {f"{shown}_t{i}": f"{s / n:.5f}" if n else ""
                         for i, (s, n) in enumerate(zip(total[5:5 + BINS], total[5 + BINS:]))}
                 log.row(step=state.step, time=f"{state.seconds:.1f}", device_hours=f"{state.device_seconds / 3600:.5f}", loss=f"{total[0] / total[1]:.6f}", lr=f"{lr:.3g}",
-                        grad_norm=f"{total[2] / total[3]:.5f}", images_per_s=f"{speed:.1f}", images=state.step * batch,
-                        flops=state.image_flops * state.step * batch, bad=state.bad, **by_t)
+                        grad_norm=f"{total[2] / total[3]:.5f}", images=state.step * batch, flops=state.image_flops * state.step * batch, bad=state.bad,
+                        **timing, **by_t)
             log.update()
             if step.save:
                 state.save(FINISHED if state.step == train.steps else UNFINISHED)
             if stopping and state.step < train.steps:
+                state.finish_saving()
                 if ranks.rank == 0:
                     print(f"{state.name}: stopped by a signal, saved at step {state.step}; run the same command to go on", flush=True)
                 break
+        state.finish_saving()
     finally:
+        profiler.__exit__(None, None, None)
         log.close()
 
 
@@ -436,23 +370,30 @@ def steps(state, data, space, config, batch, shown):
 
 @torch.no_grad()
 def save_samples(state, config, data, space, side=4, solver_steps=25):
-    """RUN/samples/NAME-STEP.png: a grid drawn by the averaged weights of an expert or a student, for the first conditions of its data (rank 0)."""
-    if state.ranks.rank:
+    """RUN/samples/NAME-STEP.png: a grid drawn by the averaged weights of an expert or a student, for the first conditions of its data.
+
+    Rank 0 draws it; where the model is sharded all ranks must take part, since each holds but a part of it.
+    """
+    if state.ranks.rank and not state.sharded:
         return
     shape = (space.channels, space.size, space.size)
     x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(side * side)])
     c = collate([data[i] for i in range(side * side)])["c"]
     c = space.captions(c) if isinstance(c, list) else c.to(state.ranks.device) if c.numel() else None
     null, w = models.null_condition(state.model.config, c), config.sample.cfg
-    model = functools.partial(torch.func.functional_call, state.model, state.ema)
 
     def velocity(x_t, time):
         t = torch.full((len(x_t),), time, device=x_t.device)
-        v = [flow.predict_velocity(lambda *args: model(args), x_t, t, cond, config.flow.objective, config.flow.path, networks.bound(space.info["autoencoder"]))
+        v = [flow.predict_velocity(state.model, x_t, t, cond, config.flow.objective, config.flow.path, networks.bound(space.info["autoencoder"]))
              for cond in ((c,) if c is None or w == 1 else (c, null))]
         return v[0] if len(v) == 1 else flow.guide(v[0], v[1], w)
 
-    *_, x = flow.integrate(velocity, x.to(state.ranks.device), flow.time_grid(solver_steps, config.flow.shift), config.sample.solver)
+    state.swap_average()
+    with torch.compiler.set_stance("force_eager"):      # another batch without gradients would be compiled anew
+        *_, x = flow.integrate(velocity, x.to(state.ranks.device), flow.time_grid(solver_steps, config.flow.shift), config.sample.solver)
+    state.swap_average()
+    if state.ranks.rank:
+        return
     pictures = space.pictures(x).cpu().numpy()
     with atomic(os.path.join(state.run, "samples", f"{state.name}-{state.step:08d}.png")) as temporary:
         picture_grid(pictures.reshape(side, side, *pictures.shape[1:])).save(temporary, "PNG")

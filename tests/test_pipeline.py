@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model as models
+from training import TIMING
 
 
 def begin(*args, ranks=0):
@@ -27,15 +28,17 @@ def begin(*args, ranks=0):
                             stderr=subprocess.PIPE, start_new_session=True)
 
 
-def wait_for_rows(log, count):
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > count) and time.monotonic() < deadline:
+def wait_for_rows(run, name, count):
+    """Until a training has logged that many rows and has a checkpoint."""
+    log, deadline = run / "logs" / f"{name}.csv", time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > count
+                                               and glob.glob(str(run / "checkpoints" / name / "step-*[0-9]"))):
         time.sleep(0.005)
 
 
 def rows(run, name):
     with open(os.path.join(run, "logs", f"{name}.csv"), newline="") as f:
-        return [{k: v for k, v in row.items() if k not in ("time", "device_hours", "images_per_s")} for row in csv.DictReader(f)]
+        return [{k: v for k, v in row.items() if k not in ("time", "device_hours", *TIMING)} for row in csv.DictReader(f)]
 
 
 def same_tensors(a, b):
@@ -195,7 +198,7 @@ def test_killed_and_resumed_training_ends_in_the_same_bits(clustered, tmp_path, 
     whole, broken = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
     command("train_expert.py", "--run", whole, *flags)
     process = begin("train_expert.py", "--run", broken, *flags)
-    wait_for_rows(broken / "logs" / "expert-0.csv", 6)
+    wait_for_rows(broken, "expert-0", 6)
     process.send_signal(how)
     out = process.communicate(timeout=60)[0]
     status = (broken / "checkpoints" / "expert-0" / "status").read_text()
@@ -213,7 +216,7 @@ def test_two_ranks_killed_between_saves_and_rows_go_on_to_the_same_bits(clustere
     whole, broken = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
     command("train_expert.py", "--run", whole, *flags, ranks=2)
     process = begin("train_expert.py", "--run", broken, *flags, ranks=2)
-    wait_for_rows(broken / "logs" / "expert-all.csv", 3)
+    wait_for_rows(broken, "expert-all", 3)
     for pid in filter(str.isdigit, os.listdir("/proc")):        # torchrun, its ranks and their decoding processes, at one blow
         with contextlib.suppress(OSError):
             if str(broken) in open(f"/proc/{pid}/cmdline").read():

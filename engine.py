@@ -1,0 +1,255 @@
+"""A model in training on the GPUs of one node: compiled, replicated or sharded; its averaged weights, optimiser, checkpoints and export.
+
+    state = engine.State(...)       the model, from its newest checkpoint or from the seed
+    state.model                     the weights: plain tensors, or this rank's shards of them (DTensor)
+    state.wrapped                   what a forward pass calls
+    state.save(...)                 a checkpoint, written while training goes on; any number of ranks can load it
+
+Replicated (DDP), each GPU holds all the weights, 20 bytes a parameter with gradients, AdamW's moments and the average; sharded (FSDP2,
+`fully_shard`), 1/world of them, and each block is gathered when it is needed. plan.py says beforehand which of them fits.
+"""
+import functools
+import glob
+import json
+import os
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import model as models
+import networks
+import plan
+from common import UserError, atomic, barrier, differences, flat, sum_over_ranks
+
+BINS = 5            # of t in [0,1], in the log
+KEEP = 2            # checkpoints
+FINISHED, UNFINISHED = "finished", "to be continued"
+
+
+# ---- blocks: activation checkpointing and compilation -----------------------------------------------------------------
+
+def keep_matmuls(_, op, *args, **kwargs):
+    """Selective checkpointing: what matrix products and attention give is kept; what is cheap (norms, modulation, GELU) is computed again."""
+    return CheckpointPolicy.MUST_SAVE if op in plan.EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def prepare_blocks(model, activation_checkpointing="none", compile=False, backend="inductor"):
+    """Makes the blocks of a model forget their activations ("block", "selective") and compiles them.
+
+    One compiled function serves all blocks: each kind of block is one graph, whatever the depth. It stands in for `forward`, not for the
+    call, so that FSDP's hooks stay outside of it and the names of the weights as they are.
+    """
+    def forward(block, *args):
+        if activation_checkpointing == "none":
+            return type(block).forward(block, *args)
+        context = {"context_fn": functools.partial(create_selective_checkpoint_contexts, keep_matmuls)} if activation_checkpointing == "selective" else {}
+        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **context)
+
+    if compile or activation_checkpointing != "none":
+        function = torch.compile(forward, fullgraph=True, backend=backend) if compile else forward
+        for block in model.blocks:
+            block.forward = functools.partial(function, block)
+
+
+def local(tensor):
+    """A rank's part of a weight."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# ---- state --------------------------------------------------------------------------------------------------------
+
+def quiet(function):
+    """torch warns at each checkpoint of a single process that it is one; and 2.13 of broadcast_buffers, whose successor 2.12 lacks."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return function(*args, **kwargs)
+    return call
+
+
+class State:
+    """Model, averaged weights, optimiser and counters of one training: all that a checkpoint holds.
+
+    Checkpoints are folders RUN/checkpoints/NAME/step-00001000, written beside their place and renamed. batch: images a step, of all ranks;
+    initial: weights {name: tensor} to begin with; identity: what else may not change over a resume. image_flops is what training on one
+    image costs.
+    """
+
+    def __init__(self, run, name, model_config, train, ranks, config, space, batch, initial=None, **identity):
+        self.run, self.name, self.train, self.ranks, self.batch = run, name, train, ranks, batch
+        self.folder = os.path.join(run, "checkpoints", name)
+        if batch % ranks.world:
+            raise UserError(f"a batch of {batch} cannot be shared by {ranks.world} ranks: change train.batch or --nproc_per_node")
+        # what may not change over a resume; the rest, such as steps or micro_batch, may
+        free = ("data.workers", "data.max_bad", "data.cached")
+        self.identity = {k: v for k, v in flat(config).items() if k.startswith(("data.", "flow.")) and k not in free}
+        self.identity |= {"train.seed": train.seed, "train.batch": train.batch, **identity}
+        self.identity |= {role: networks.identity(info) for role, info in space.info.items()}
+        self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
+        self.step, self.seconds, self.device_seconds, self.bad, self.warned = 0, 0.0, 0.0, 0, 0
+        self.saving = None      # the checkpoint that is being written: (step, future)
+        self.publisher = ThreadPoolExecutor(1)
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None      # it talks while training does
+        newest = self._read_newest()
+        self.bf16 = train.precision == "bf16" or train.precision == "auto" and ranks.device.type == "cuda"
+        self.sharded, self.choice = plan.choose_parallel(model_config, train, ranks, batch // ranks.world, self.bf16)
+        self._build(model_config, initial, newest)
+        if newest:
+            self._load(*newest)
+
+    @quiet
+    def _build(self, model_config, initial, newest):
+        """Never two copies on a GPU: memory is taken shard by shard, and filled from a checkpoint or from rank 0's host memory."""
+        train, ranks = self.train, self.ranks
+        with torch.device("meta"):
+            self.model = models.build(model_config)
+        self.image_flops = 3 * self.model.flops()       # forward, and twice that backward
+        self.compiled = train.compile == "yes" or train.compile == "auto" and ranks.device.type == "cuda"
+        prepare_blocks(self.model, train.activation_checkpointing, self.compiled)
+        if self.sharded:
+            policy = MixedPrecisionPolicy(torch.bfloat16 if self.bf16 else None, torch.float32, cast_forward_inputs=False)    # autocast casts, as without FSDP
+            mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
+            for module in (*self.model.blocks, self.model):
+                fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        self.model.to_empty(device=ranks.device).reset_positions(ranks.device)
+        if not newest:
+            weights = {}
+            if not self.sharded or ranks.rank == 0:
+                torch.manual_seed(train.seed)       # the same initial weights on all ranks
+                weights = models.build(model_config).state_dict() | (initial or {})
+            set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.sharded))
+        self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
+        # fused: one kernel over all weights
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
+        # since the last row of the log: loss, images, gradient norms, steps, bad samples; then by bin of t: what is shown, images
+        self.sums = torch.zeros(5 + 2 * BINS, dtype=torch.float64, device=ranks.device)
+        self.wrapped = self.model
+        if ranks.world > 1 and not self.sharded:
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def synchronise_gradients(self, now):
+        """Whether the next backward pass sums the gradients over the ranks: only the last micro-batch of a step needs it."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(now)
+        elif self.wrapped is not self.model:
+            self.wrapped.require_backward_grad_sync = now
+
+    def update(self):
+        """Clips, steps AdamW, moves the average: ema <- d ema + (1 - d) weights, with d = min(ema, (1 + n) / (10 + n)). -> the gradient's norm."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(self.train.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_([local(e) for e in self.ema.values()], [local(p) for p in self.model.parameters()], 1 - decay)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    @torch.no_grad()
+    def swap_average(self):
+        """Exchanges the weights and their average, weight by weight; called again, changes them back."""
+        for e, p in zip(self.ema.values(), self.model.parameters()):
+            e, p = local(e), local(p)
+            kept = p.clone()
+            p.copy_(e)
+            e.copy_(kept)
+
+    # -- checkpoints --
+
+    def _tensors(self):
+        weights, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": weights, "optimizer": optimizer, "ema": self.ema, "sums": self.sums}
+
+    def checkpoints(self):
+        """Complete checkpoints, the oldest first."""
+        return sorted(f for f in glob.glob(os.path.join(glob.escape(self.folder), "step-*")) if f[-1].isdigit())
+
+    def _read_newest(self):
+        """-> (folder, what its state.json says) of the newest checkpoint, if there is one. UserError if it is of another training."""
+        newest = self.checkpoints()[-1:]
+        self.resumed = bool(newest)
+        if not newest:
+            return None
+        with open(os.path.join(newest[0], "state.json")) as f:
+            state = json.load(f)
+        for key, before in (("flow.path", "linear"), ("model.double", 0)):      # checkpoints from before there was a choice
+            state["identity"].setdefault(key, before)
+        if state["identity"] != self.identity:
+            raise UserError(f"{newest[0]} was made with other settings (there / now: {differences(state['identity'], self.identity)}): "
+                            f"use those, or delete {self.folder} to start anew")
+        return newest[0], state
+
+    @quiet
+    def _load(self, folder, state):
+        tensors = self._tensors()
+        dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())     # in place, whatever the ranks were
+        set_state_dict(self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+        if self.ranks.rank:
+            self.sums.zero_()       # they were summed over the ranks
+        self.step, self.seconds, self.bad = state["step"], state["seconds"], state["bad"]
+        self.device_seconds = state.get("device_seconds", 0.0)      # checkpoints from before they were counted
+
+    @quiet
+    def save(self, status):
+        """Copies the state to host memory and writes it from there as a checkpoint, while training goes on; first waits for the former one."""
+        self.finish_saving()
+        place = os.path.join(self.folder, f"step-{self.step:08d}")
+        tensors = self._tensors()
+        tensors["sums"] = sum_over_ranks(self.sums.clone())
+        if self.ranks.rank == 0:
+            for torn in glob.glob(os.path.join(glob.escape(self.folder), "step-*.tmp")):     # of a run that was killed here
+                shutil.rmtree(torn)
+        barrier()
+        future = dcp.async_save(tensors, checkpoint_id=f"{place}.tmp", process_group=self.group, no_dist=not dist.is_initialized())
+        if self.ranks.rank == 0:
+            state = {"step": self.step, "seconds": self.seconds, "device_seconds": self.device_seconds, "bad": self.bad, "identity": self.identity}
+            future = self.publisher.submit(self._publish, place, state, status, future)
+        self.saving = self.step, future
+
+    def _publish(self, place, state, status, future):
+        """Rank 0, once all ranks have written: gives a checkpoint its name, marks how far training is, drops the oldest."""
+        future.result()
+        with open(os.path.join(f"{place}.tmp", "state.json"), "w") as f:
+            json.dump(state, f, indent=1)
+        shutil.rmtree(place, ignore_errors=True)
+        os.rename(f"{place}.tmp", place)
+        for old in self.checkpoints()[:-KEEP]:
+            shutil.rmtree(old)
+        self.mark(status, state["step"])
+
+    def finish_saving(self):
+        """Waits until the last checkpoint is on disk. UserError if it could not be written."""
+        if self.saving:
+            (step, future), self.saving = self.saving, None
+            try:
+                future.result()
+            except Exception as error:      # whatever a file system, or another rank's, comes up with
+                raise UserError(f"{self.name}: the checkpoint of step {step} could not be written ({' '.join(str(error).split())[:300]})") from None
+
+    def mark(self, status, step):
+        """Tells a scheduler's script whether this training is finished."""
+        with atomic(os.path.join(self.folder, "status")) as temporary, open(temporary, "w") as f:
+            f.write(f"{status} {step}\n")
+
+    def export(self, path, images, /, **info):
+        """Writes the averaged weights as a model file. All ranks call it: sharded ones are gathered one by one, into rank 0's host memory."""
+        weights = {}
+        for name, e in self.ema.items():
+            whole = e.full_tensor() if isinstance(e, DTensor) else e
+            if self.ranks.rank == 0:
+                weights[name] = whole.cpu()
+        if self.ranks.rank == 0:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.train.export]
+            models.save(path, self.model.config, weights, dtype, step=self.step, images=images, flops=self.image_flops * images, **info)

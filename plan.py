@@ -1,0 +1,199 @@
+"""What a training will need, computed before it starts: parameters, FLOPs, memory a GPU, the micro-batch that fits, time. No GPU is needed.
+
+    python train_expert.py --run runs/laion --shard 0 --plan                                # of a run that cluster.py has made
+    python train_expert.py --shard 0 --plan configs/laion-3b.toml --plan.gpus 8             # of a config, before there is any data
+    python train_expert.py --shard 0 --plan configs/laion-3b.toml --plan.gpus 16 --plan.step_seconds 0.28      # what does a known step time imply?
+
+Memory is counted on fake tensors, which have shapes and no contents: a forward pass of the real model, whose tensors kept for the backward
+pass are added up. That is eager mode; compiled blocks keep less. Also the table of peak rates that MFU is measured against.
+"""
+import os
+import re
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as models
+from common import UserError
+
+# dense peak rates in 1e12 FLOP/s, bf16 and TF32 multiplications (vendors' data sheets, without sparsity), and memory in GB, by words of the device's name
+DEVICES = {"B200": (2250, 1125, 180), "GB200": (2500, 1250, 186), "GH200": (989, 495, 96), "H200 NVL": (836, 418, 141), "H200": (989, 495, 141),
+           "H100 NVL": (836, 418, 94), "H100 PCIe": (756, 378, 80), "H100": (989, 495, 80), "H20": (148, 74, 96), "A100": (312, 156, 80),
+           "L40S": (362, 183, 48), "L40": (181, 90, 48), "L4": (121, 60, 24), "A40": (150, 75, 48), "A10G": (70, 35, 24), "A10": (125, 62, 24),
+           "RTX A6000": (155, 77, 48), "RTX 6000 Ada": (364, 182, 48), "RTX 5090": (210, 105, 32), "RTX 4090": (165, 83, 24), "RTX 3090": (71, 36, 24),
+           "MI300X": (1307, 654, 192)}
+# downsampling and channels, and width of the token features, of networks that configs/ name: a plan need not ask the hub
+AUTOENCODERS = {"": (1, 3), "stabilityai/sd-vae-ft-mse": (8, 4)}
+TEXT_ENCODERS = {"openai/clip-vit-large-patch14": 768, "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": 1280, "google/t5-v1_1-xl": 2048}
+USABLE = 0.9        # of a GPU's memory: the rest goes to the driver, to communication buffers and to fragmentation
+GB = 1e9
+
+aten = torch.ops.aten
+# what costs more to compute again than to keep: engine.py's selective checkpointing keeps it
+EXPENSIVE = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_flash_attention.default,
+             aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+             aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+
+def peak_flops(name, bf16):
+    """FLOP/s of a device by its name; None if it is not in the table."""
+    words = set(re.split(r"[\s-]+", name.lower()))
+    found = next((rates for key, rates in DEVICES.items() if set(key.lower().split()) <= words), None)
+    return found and found[0 if bf16 else 1] * 1e12
+
+
+def device_memory(device, ranks_here=None):
+    """Bytes that a rank has: its GPU's memory, or its share of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (ranks_here or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+class _Expensive(TorchDispatchMode):
+    """Adds up what EXPENSIVE operations give."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        if op in EXPENSIVE:
+            self.bytes += sum(o.nbytes for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, torch.Tensor))
+        return out
+
+
+def kept(config, batch, bf16):
+    """Bytes that the model of a ModelConfig keeps for the backward pass of a batch, by activation checkpointing: {"none": , "selective": , "block": }."""
+    with FakeTensorMode():
+        model = models.build(config)
+        model.requires_grad_(True)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        places = [{}]       # storages that are kept: outside of blocks first, then by block
+        entering, expensive = {}, _Expensive()
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                places[-1 if inside else 0][storage._cdata] = storage
+            return tensor
+
+        inside = []
+
+        def enter(block, args):
+            inside.append(block)
+            places.append({})
+            entering.update((a.untyped_storage()._cdata, a.untyped_storage()) for a in args if isinstance(a, torch.Tensor))
+
+        for block in model.blocks:
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(lambda block, args, out: inside.clear())
+        c = {"none": None, "class": torch.zeros(batch, dtype=torch.int64),
+             "text": torch.zeros(batch, config.length, config.text_dim, dtype=torch.float16) if config.text_dim else torch.zeros(batch, config.length, dtype=torch.int64)}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16), expensive:
+            model(torch.zeros(batch, config.channels, config.size, config.size), torch.zeros(batch), c[config.condition])
+        size = lambda storages: sum(s.nbytes() for s in storages.values())
+        outside, blocks = size(places[0]), [size(p) for p in places[1:]]
+        again = outside + size(entering) + max(blocks, default=0)       # one block at a time has all of its own
+    return {"none": outside + sum(blocks), "selective": min(again + expensive.bytes, outside + sum(blocks)), "block": again}
+
+
+class Memory:
+    """Bytes that training the model of a ModelConfig takes on each of `world` GPUs.
+
+    micro: images a forward pass; accumulating: a step has several of them.
+    """
+
+    def __init__(self, config, bf16):
+        two, three = kept(config, 2, bf16), kept(config, 3, bf16)
+        self.image = {mode: three[mode] - two[mode] for mode in two}
+        self.casts = two["none"] - 2 * self.image["none"]       # bf16 copies of the weights, which autocast makes and backward needs
+        with torch.device("meta"):
+            model = models.build(config)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.block = max((sum(p.numel() for p in block.parameters()) for block in model.blocks), default=0)
+        self.bf16 = bf16
+
+    def fixed(self, sharded, world, accumulating):
+        """{what: bytes} whatever the micro-batch."""
+        P, W = self.parameters, world if sharded else 1
+        # sharded: two blocks are gathered at a time, and their gradients are whole until they are reduced; all are while micro-batches add up
+        gathered = 2 * self.block * ((2 if self.bf16 else 4) + 4) if sharded else self.casts
+        return {"weights": 4 * P / W, "gradients": 4 * P / (1 if accumulating else W), "AdamW": 8 * P / W, "average": 4 * P / W, "copies": gathered}
+
+    def total(self, sharded, world, micro, accumulating, mode):
+        return sum(self.fixed(sharded, world, accumulating).values()) + micro * self.image[mode]
+
+    def micro_batch(self, sharded, world, share, mode, memory):
+        """The largest divisor of a rank's share of the batch that fits into `memory` bytes; 0 if none does."""
+        fits = (m for m in range(share, 0, -1) if share % m == 0 and self.total(sharded, world, m, m < share, mode) <= USABLE * memory)
+        return next(fits, 0)
+
+
+def shards(need, train, world, share, memory):
+    """Whether train.parallel means sharding, for a rank's share of the batch and bytes of memory."""
+    micro = min(train.micro_batch or share, share)
+    replicated = need.total(False, world, micro, micro < share, train.activation_checkpointing)
+    return world > 1 and (train.parallel == "fsdp" or train.parallel == "auto" and replicated > USABLE * memory)
+
+
+def choose_parallel(config, train, ranks, share, bf16):
+    """-> (whether to shard the model over the ranks, one line that says why). share: images a rank and step."""
+    if ranks.world == 1:
+        return False, ""
+    micro = min(train.micro_batch or share, share)
+    memory, need = device_memory(ranks.device), Memory(config, bf16)
+    replicated, sharded = (need.total(way, ranks.world, micro, micro < share, train.activation_checkpointing) for way in (False, True))
+    shard = shards(need, train, ranks.world, share, memory)
+    return shard, (f"{'sharded (FSDP2)' if shard else 'replicated (DDP)'} over {ranks.world} ranks, train.parallel = {train.parallel!r}: about {replicated / GB:.2g} GB "
+                   f"a rank replicated, {sharded / GB:.2g} GB sharded, of {memory / GB:.3g} GB")
+
+
+# ---- the report ---------------------------------------------------------------------------------------------------
+
+def days(seconds):
+    return f"{seconds / 86400:.1f} days" if seconds > 2 * 86400 else f"{seconds / 3600:.1f} hours" if seconds > 2 * 3600 else f"{seconds / 60:.1f} minutes"
+
+
+def report(name, config, train, batch, settings, teachers=0):
+    """Prints the plan of one training (rank 0). settings: [plan] of the run's config; teachers: models of its size on each GPU besides. UserError if
+    the GPUs cannot share the batch."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    world = int(os.environ.get("WORLD_SIZE", settings.gpus))
+    if batch % world:
+        raise UserError(f"a batch of {batch} cannot be shared by {world} GPUs: change train.batch or --plan.gpus")
+    rates, share, bf16 = DEVICES[settings.gpu], batch // world, train.precision != "fp32"
+    peak, memory = rates[0 if bf16 else 1] * 1e12, rates[2] * GB
+    need = Memory(config, bf16)
+    with torch.device("meta"):
+        model = models.build(config)
+    image_flops, tokens, extra = (4 if teachers else 3) * model.flops(), sum(model.tokens()), teachers * need.parameters * 2      # in bf16, see ensemble.py
+    images = train.steps * batch
+    print(f"{name}: {type(model).__name__} of {need.parameters / 1e6:.4g}M parameters; an image is {model.tokens()[0]} tokens + {model.tokens()[1]} of text, "
+          f"{image_flops / 1e12:.4g} TFLOPs to train on ({model.flops() / 1e12:.4g} forward)")
+    print(f"batch {batch} = {world} x {settings.gpu} x {share}; {train.steps:,} steps = {images / 1e6:.4g}M images = {images * tokens / 1e9:.4g}G tokens "
+          f"= {images * image_flops:.3g} FLOPs")
+    print(f"\nmemory in GB of the {rates[2]} of a {settings.gpu}, {USABLE:.0%} of which may be used; activations as in eager mode, compiled blocks keep less"
+          + (f"; besides {extra / GB:.3g} GB for teachers" if extra else ""))
+    print("         activation     weights  gradients   AdamW  average  copies    an image's     micro-batch     in all\n"
+          "         checkpointing                                              activations    that fits")
+    for sharded in (False, True) if world > 1 else (False,):
+        for mode in need.image:
+            micro = need.micro_batch(sharded, world, share, mode, memory - extra / USABLE)
+            chosen = mode == train.activation_checkpointing and sharded == shards(need, train, world, share, memory - extra / USABLE)
+            parts = need.fixed(sharded, world, (micro or 1) < share)
+            total = extra + need.total(sharded, world, micro or 1, (micro or 1) < share, mode)
+            print(f"{'*' if chosen else ' '}{'FSDP2' if sharded else 'DDP' if world > 1 else 'one':7s} {mode:12s}" + "".join(f"{parts[k] / GB:{w}.2f}" for k, w in zip(parts, (10, 11, 8, 9, 8)))
+                  + f"{need.image[mode] / GB:14.3f}{micro or 'none':>16}{total / GB:11.1f}")
+    print("* as configured (train.parallel, train.activation_checkpointing); auto shards only if replicas do not fit")
+    step = batch * image_flops / (world * peak * settings.mfu)
+    print(f"\ntime: {step:.3g} s a step, {batch / step:.4g} images/s, {days(step * train.steps)} for {train.steps:,} steps at {settings.mfu:.0%} MFU of {peak / 1e12:.0f} TFLOP/s "
+          f"({'bf16' if bf16 else 'TF32'}) a GPU")
+    if settings.step_seconds:
+        able = world * peak * settings.step_seconds
+        print(f"a step of {settings.step_seconds:g} s on {world} x {settings.gpu}: {days(settings.step_seconds * train.steps)}; a batch of {batch} in that time is an MFU of {batch * image_flops / able:.1%}; "
+              f"at {settings.mfu:.0%} MFU it is a batch of {settings.mfu * able / image_flops:.0f}")
