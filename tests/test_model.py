@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
-from model import DiT, ModelConfig, Router
+from model import DiT, MMDiT, ModelConfig, Router
 
 
 def small(kind=DiT, **changes):
@@ -27,6 +27,7 @@ def shaken(model):
 
 TEXT = dict(condition="text", vocab=64, length=5)
 TOKENS = dict(condition="text", text_dim=6, length=5)
+DOUBLE = dict(double=1)
 CLASS = dict(condition="class", classes=10)
 
 
@@ -40,13 +41,21 @@ def test_presets_have_the_published_parameter_counts(name, millions):
         assert round(count) == millions if patch == 2 else abs(count - millions) < 1.5
 
 
-KINDS = [(DiT, {}), (DiT, CLASS), (DiT, TEXT), (DiT, TOKENS), (Router, TEXT | {"clusters": 4}), (Router, {"clusters": 8})]
+def test_mmdit_3b_has_2_99_billion_weights_in_its_blocks():
+    with torch.device("meta"):
+        model = models.build(ModelConfig(32, 4, condition="text", text_dim=2048, length=128, **models.PRESETS["MMDiT-3B/2"]))
+    count = lambda module: sum(p.numel() for p in module.parameters()) / 1e9
+    assert type(model) is MMDiT and [type(b) for b in model.blocks] == 8 * [models.DoubleBlock] + 22 * [models.SingleBlock]
+    assert round(count(model.blocks), 2) == 2.99 and count(model) < 1.02 * 2.99
+
+
+KINDS = [(MMDiT, DOUBLE), (MMDiT, DOUBLE | CLASS), (MMDiT, DOUBLE | TEXT), (MMDiT, DOUBLE | TOKENS), (DiT, {}), (DiT, CLASS), (DiT, TEXT), (DiT, TOKENS), (Router, TEXT | {"clusters": 4}), (Router, {"clusters": 8})]
 
 
 def counted(model, extra, backward=False):
     """FLOPs on one image by torch's counter, which sees attention in this backend alone."""
     c = {"text": torch.ones(1, 5, dtype=torch.int64), "class": torch.ones(1, dtype=torch.int64)}.get(extra.get("condition"))
-    c = torch.ones(1, 5, 6) if extra is TOKENS else c
+    c = torch.ones(1, 5, 6) if "text_dim" in extra else c
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         out = model(torch.zeros(1, 3, 8, 8), torch.zeros(1), c)
         if backward:
@@ -138,6 +147,33 @@ def test_dropping_a_condition_makes_that_sample_alone_unconditional(extra, c):
     assert models.drop_condition(config, None, torch.tensor([True])) is None
 
 
+def test_mmdit_ignores_padding_and_minds_text_time_and_the_order_of_patches():
+    model = shaken(small(MMDiT, **DOUBLE | TOKENS))
+    x, t, c = torch.randn(1, 3, 8, 8), torch.rand(1), torch.randn(1, 5, 6).half()
+    c[:, 2:] = 0
+    before = model(x, t, c)
+    short = MMDiT(ModelConfig(**vars(model.config) | {"length": 2})).eval()
+    short.load_state_dict(model.state_dict())
+    torch.testing.assert_close(short(x, t, c[:, :2]), before)
+    for other in ((x, t, c.flip(2)), (x, t + 0.1, c), (x, t, torch.zeros_like(c))):
+        assert (model(*other) - before).abs().max() > 1e-3
+    moved = model(x.roll(2, dims=3), t, c).roll(-2, dims=3)         # by a patch: without positions nothing but the place would change
+    assert (moved - before).abs().max() > 1e-3
+    with torch.no_grad():
+        before, model.positions = model(x, t, c), torch.zeros_like(model.positions)
+        torch.testing.assert_close(model(x.roll(2, dims=3), t, c).roll(-2, dims=3), model(x, t, c))
+
+
+def test_rotary_positions_make_attention_depend_on_distance_alone():
+    angle = models.rotary_2d(8, 5)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8)
+    score = lambda a, b: (models.rotate(q.view(1, 1, 1, 8), angle[a:a + 1]) * models.rotate(k.view(1, 1, 1, 8), angle[b:b + 1])).sum()
+    torch.testing.assert_close(score(0, 7), score(6, 13))       # one row down, two columns to the right
+    assert (score(0, 7) - score(0, 11)).abs() > 1e-3            # two down, one to the right
+    assert angle[12].abs().max() == 0                           # the centre
+
+
 def test_time_and_condition_matter_to_router_and_denoiser():
     x = torch.randn(1, 3, 8, 8)
     for model in (shaken(small(**CLASS)), shaken(small(Router, clusters=4, **CLASS))):
@@ -146,7 +182,7 @@ def test_time_and_condition_matter_to_router_and_denoiser():
         assert (model(x, torch.tensor([0.3]), torch.tensor([2])) - out).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind, extra", [(DiT, TEXT), (Router, CLASS | {"clusters": 4})])
+@pytest.mark.parametrize("kind, extra", [(DiT, TEXT), (MMDiT, DOUBLE | TEXT), (Router, CLASS | {"clusters": 4})])
 def test_a_file_rebuilds_its_model_with_nothing_else(kind, extra, tmp_path):
     model = shaken(small(kind, **extra))
     models.save(tmp_path / "m.safetensors", model.config, model.state_dict(), objective="x0", step=7)

@@ -1,0 +1,244 @@
+"""The engine: sharded like replicated like alone, activation checkpointing, one graph a block, checkpoints in the background; and the plan of it."""
+import csv
+import json
+import os
+import resource
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, command, command_line, copy, inside
+from safetensors.torch import load_file
+
+import engine
+import model as models
+import plan
+from training import TIMING
+
+KINDS = {"DiT": dict(condition="class", classes=10), "MMDiT": dict(condition="text", text_dim=6, length=5, double=2)}
+
+
+def small(kind, seed=0):
+    torch.manual_seed(seed)
+    model = models.build(models.ModelConfig(8, 3, dim=32, depth=4, heads=2, patch=2, **KINDS[kind]))
+    with torch.no_grad():
+        for p in model.parameters():        # adaLN-Zero starts as a constant
+            p += 0.05 * torch.randn_like(p)
+    return model
+
+
+def inputs(kind, batch=3):
+    torch.manual_seed(1)
+    c = torch.randint(0, 10, (batch,)) if kind == "DiT" else torch.randn(batch, 5, 6).half()
+    return torch.randn(batch, 3, 8, 8), torch.rand(batch), c
+
+
+def gradients(model, kind):
+    model(*inputs(kind)).square().mean().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def log(run, name):
+    with open(run / "logs" / f"{name}.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def same_rows(run, other, name, rel=1e-5):
+    for one, two in zip(log(run, name), log(other, name), strict=True):
+        for column in one.keys() - {"time", "device_hours", *TIMING}:
+            assert float(two[column] or 0) == pytest.approx(float(one[column] or 0), rel=1e-2 if column == "grad_norm" else rel, abs=1e-5), column
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["selective", "block"])
+def test_activation_checkpointing_changes_no_gradient(kind, mode):
+    plain, forgetful = small(kind), small(kind)
+    engine.prepare_blocks(forgetful, mode)
+    for a, b in zip(gradients(plain, kind), gradients(forgetful, kind), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind, graphs", [("DiT", 1), ("MMDiT", 2)])
+@pytest.mark.parametrize("mode", ["none", "selective", "block"])
+def test_all_blocks_of_a_kind_share_one_graph_that_is_never_compiled_again(kind, graphs, mode):
+    compiled = []
+
+    def backend(graph, example):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    plain, model = small(kind), small(kind)
+    engine.prepare_blocks(model, mode, compile=True, backend=backend)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=True)
+    for a, b in zip(gradients(plain, kind), gradients(model, kind), strict=True):
+        torch.testing.assert_close(a, b)
+    for _ in range(3):      # a run: the weights move, and pictures are drawn in between
+        optimizer.step()
+        optimizer.zero_grad()
+        gradients(model, kind)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model(*inputs(kind, batch=7))
+    assert len(compiled) == graphs
+    assert all(k in dict(plain.named_parameters()) for k, _ in model.named_parameters())
+
+
+def test_the_average_is_the_formula_s_and_swapping_it_twice_changes_nothing(tmp_path):
+    from common import make_config
+    from training import stage_config
+    config = make_config({"train.lr": 0.01, "train.ema": 0.5, "train.clip": 0.0})
+    ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    state = engine.State(str(tmp_path), "x", small("DiT").config, stage_config(config), ranks, config, SimpleNamespace(info={}), 3,
+                         initial=small("DiT").state_dict())
+    expected = {k: v.clone() for k, v in state.ema.items()}
+    for n in range(1, 4):
+        gradients(state.model, "DiT")
+        state.update()
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = {k: decay * e + (1 - decay) * p.detach() for (k, e), p in zip(expected.items(), state.model.parameters())}
+    for k, e in state.ema.items():
+        torch.testing.assert_close(e, expected[k])
+    before = {k: p.detach().clone() for k, p in state.model.named_parameters()}
+    state.swap_average()
+    for k, p in state.model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[k])
+    assert any((p - before[k]).abs().max() > 1e-3 for k, p in state.model.named_parameters())
+    state.swap_average()
+    assert all(torch.equal(p, before[k]) for k, p in state.model.named_parameters())
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def mmdit(clustered, tmp_path_factory):
+    """An MMDiT trained as the monolith by one process. Do not change it, copy it."""
+    run = copy(clustered, tmp_path_factory.mktemp("mmdit"))
+    command("train_expert.py", "--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2)
+    return run
+
+
+@pytest.mark.parametrize("flags", [[], ["--train.micro_batch", 6, "--train.activation_checkpointing", "selective"]])
+def test_sharded_training_gives_the_losses_and_the_average_of_one_process(clustered, mmdit, tmp_path, flags):
+    run = copy(clustered, tmp_path)
+    done = command("train_expert.py", "--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.parallel", "fsdp", *flags, ranks=2)
+    assert "sharded (FSDP2) over 2 ranks" in done.stdout
+    same_rows(mmdit, run, "expert-all")
+    one, two = (load_file(r / "experts" / "all.safetensors") for r in (mmdit, run))
+    assert one.keys() == two.keys() and all((one[k] - two[k]).abs().max() < 2e-4 for k in one)
+    assert os.path.exists(run / "samples" / "expert-all-00000006.png")
+
+
+def test_replicated_or_sharded_is_chosen_by_the_estimate_and_replicas_give_the_same(clustered, mmdit, tmp_path):
+    run = copy(clustered, tmp_path)
+    done = command("train_expert.py", "--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, ranks=2)
+    assert "replicated (DDP) over 2 ranks, train.parallel = 'auto'" in done.stdout and "GB a rank replicated" in done.stdout
+    same_rows(mmdit, run, "expert-all")
+
+
+def test_a_sharded_training_goes_on_with_one_rank_and_sharded_again(clustered, mmdit, tmp_path):
+    """2 -> 1 -> 2 ranks; moments and average are resharded as they are loaded."""
+    run = copy(clustered, tmp_path)
+    flags = ["--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2]
+    command("train_expert.py", *flags, "--train.steps", 2, "--train.parallel", "fsdp", ranks=2)
+    assert "resumed at step 2" in command("train_expert.py", *flags, "--train.steps", 4).stdout
+    assert "resumed at step 4" in command("train_expert.py", *flags, "--train.parallel", "fsdp", ranks=2).stdout
+    same_rows(mmdit, run, "expert-all")
+    one, two = (load_file(r / "experts" / "all.safetensors") for r in (mmdit, run))
+    assert all((one[k] - two[k]).abs().max() < 2e-4 for k in one)
+
+
+def test_compiled_blocks_train_sharded(clustered, mmdit, tmp_path):
+    """The graphs run as they are traced: no C++ compiler is needed for this."""
+    run = copy(clustered, tmp_path)
+    script = tmp_path / "traced.py"
+    script.write_text("import os, sys; sys.path.insert(0, os.getcwd()); import engine, train_expert, common, functools\n"
+                      "engine.prepare_blocks = functools.partial(engine.prepare_blocks, backend='aot_eager')\n"
+                      "common.script(train_expert.main)\n")
+    command(script, "--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.parallel", "fsdp", "--train.compile", "yes",
+            "--train.activation_checkpointing", "block", ranks=2)
+    same_rows(mmdit, run, "expert-all", rel=1e-4)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line_and_the_former_one_is_used(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    flags = ["--run", run, "--shard", 0, "--train.save_every", 2, "--data.workers", 0]
+    command("train_expert.py", *flags, "--train.steps", 2)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))        # the model's file is smaller, a checkpoint larger
+    done = subprocess.run(command_line("train_expert.py", *flags), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and "checkpoint of step 4 could not be written" in done.stderr.splitlines()[-1]
+    assert "resumed at step 2" in command("train_expert.py", *flags).stdout
+
+
+# ---- the log --------------------------------------------------------------------------------------------------------
+
+def test_a_profile_is_a_trace_and_the_log_has_speed_and_memory(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    command("train_expert.py", "--run", run, "--shard", 0, "--profile")
+    trace = json.loads((run / "logs" / "expert-0.trace.json").read_text())
+    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+    for row in log(run, "expert-0"):
+        assert 0 <= float(row["wait"]) <= 1 and float(row["memory_gb"]) > 0.05 and float(row["images_per_s"]) > 0
+        assert row["mfu"] == ""         # of a CPU no peak is known
+
+
+@pytest.mark.parametrize("name, bf16, tflops", [("NVIDIA H100 80GB HBM3", True, 989), ("NVIDIA H100 PCIe", True, 756), ("NVIDIA H200", False, 495),
+                                                ("NVIDIA A100-SXM4-80GB", True, 312), ("NVIDIA GeForce RTX 4090", True, 165), ("NVIDIA L40S", True, 362),
+                                                ("Voodoo 3", True, None), ("NVIDIA GH200 480GB", True, 989)])
+def test_peak_rates_are_found_by_the_names_that_devices_give_themselves(name, bf16, tflops):
+    assert plan.peak_flops(name, bf16) == (tflops and tflops * 1e12)
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_plan_counts_what_a_real_forward_pass_keeps(kind, bf16):
+    model, storages = small(kind), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = model(*inputs(kind))
+    counted = plan.kept(model.config, 3, bf16)
+    assert out.requires_grad and counted["none"] == pytest.approx(sum(s.nbytes() for s in storages.values()), rel=0.02)
+    assert counted["block"] < counted["none"] and counted["selective"] <= counted["none"]
+
+
+def test_memory_by_hand_replicated_and_sharded():
+    need = plan.Memory(small("DiT").config, bf16=False)
+    P = sum(p.numel() for p in small("DiT").parameters())
+    assert need.parameters == P and need.casts == 0
+    assert sum(need.fixed(False, 8, False).values()) == 20 * P      # weights, gradients, two moments, average
+    sharded = need.fixed(True, 8, False)
+    assert sum(sharded.values()) - sharded["copies"] == 20 * P / 8 and need.fixed(True, 8, True)["gradients"] == 4 * P
+    room = need.total(False, 1, 4, True, "none") / plan.USABLE
+    assert need.micro_batch(False, 1, 12, "none", room) == 4 and need.micro_batch(False, 1, 12, "none", 10 * P) == 0
+    tight = SimpleNamespace(micro_batch=4, activation_checkpointing="none", parallel="auto")
+    assert not plan.shards(need, tight, 2, 12, room) and plan.shards(need, tight, 2, 12, 0.9 * room)
+
+
+def test_the_plan_of_the_3b_config_says_memory_time_and_what_the_paper_s_step_implies():
+    done = inside("train_expert.py", "--shard", 0, "--plan", os.path.join(ROOT, "configs", "laion-3b.toml"), "--plan.gpus", 16, "--plan.step_seconds", 0.28)
+    assert done.returncode == 0, done.stderr
+    shape = models.ModelConfig(32, 4, condition="text", text_dim=2048, length=128, **models.PRESETS["MMDiT-3B/2"])
+    image = 3 * models.flops(shape)
+    assert f"{image / 1e12:.4g} TFLOPs" in done.stdout
+    assert f"an MFU of {256 * image / (16 * 989e12 * 0.28):.1%}" in done.stdout and "3.2 days" in done.stdout
+    assert "FSDP2" in done.stdout and "DDP" in done.stdout
+
+
+def test_plans_of_a_run_train_nothing(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    for script, flags in (("train_expert.py", ["--shard", 0]), ("train_router.py", []), ("distill.py", [])):
+        done = inside(script, "--run", run, *flags, "--plan", "--plan.gpus", 1)
+        assert done.returncode == 0 and "images/s" in done.stdout and "micro-batch" in done.stdout, done.stderr
+    assert not (run / "checkpoints").exists()
+    done = inside("train_expert.py", "--run", run, "--shard", 0, "--plan", "--plan.gpus", 3)
+    assert done.returncode == 2 and "a batch of 8 cannot be shared by 3 GPUs" in done.stderr
