@@ -234,8 +234,9 @@ class State:
             (step, future), self.saving = self.saving, None
             try:
                 future.result()
-            except Exception as error:      # whatever a file system, or another rank's, comes up with
-                raise UserError(f"{self.name}: the checkpoint of step {step} could not be written ({' '.join(str(error).split())[:300]})") from None
+            except (Exception, dcp.api.CheckpointException) as error:       # the latter is torch's, of a rank that failed, and no Exception
+                raise UserError(f"{self.name}: the checkpoint of step {step} could not be written ({str(error).strip().splitlines()[-1]}); is the disk full? "
+                                f"The former one is kept") from None
 
     def mark(self, status, step):
         """Tells a scheduler's script whether this training is finished."""
