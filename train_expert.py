@@ -3,12 +3,13 @@
     torchrun --nproc_per_node=8 -- train_expert.py --run runs/laion --shard 3     # one node, eight GPUs
     python train_expert.py --run runs/demo --shard 3                           # one GPU, or a CPU
     python train_expert.py --run runs/demo --shard all                         # the monolith, to compare with
+    python train_expert.py --run runs/demo --shard 3 --plan                    # trains nothing: what will it need?
 
 reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar, or RUN/latents/K/*.tar if pretrained.py made them (for all:
         every cluster's); the pretrained networks that the config names: the autoencoder, if only to draw RUN/samples, and the text encoder
         unless its work is cached
 writes  RUN/experts/K.safetensors (averaged weights), RUN/checkpoints/expert-K/, RUN/logs/expert-K.csv,
-        RUN/samples/expert-K-STEP.png
+        RUN/samples/expert-K-STEP.png; with --profile RUN/logs/expert-K.trace.json
 Run again, it goes on from its newest checkpoint.
 """
 import os
