@@ -102,6 +102,15 @@ def rotate(x, angle):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=3).to(x.dtype)
 
 
+class GELU(nn.Module):
+    """By the tanh approximation. Compiled, x sigmoid(2 u) is the same as 0.5 x (1 + tanh u) and takes half the time on a CPU; eager, it would be more kernels."""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling():
+            return x * torch.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))       # 2 sqrt(2 / pi)
+        return F.gelu(x, approximate="tanh")
+
+
 class Attention(nn.Module):
     """Multi-head attention from x [B,N,D] to itself, or to y [B,M,D] where mask [B,M] holds."""
 
@@ -131,7 +140,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.cross = Attention(dim, heads) if cross else None
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), GELU(), nn.Linear(4 * dim, dim))
         self.adaLN = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c, y, mask):
@@ -153,7 +162,7 @@ class Stream(nn.Module):
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(dim // heads)) for _ in range(2))
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), GELU(), nn.Linear(4 * dim, dim))
 
     def heads_of(self, x, shift, scale):
         """[B,N,D] -> q, k, v [B,H,N,D/H]."""
@@ -193,6 +202,7 @@ class SingleBlock(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.linear1 = nn.Linear(dim, 7 * dim)      # q, k, v and the MLP's hidden layer
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(dim // heads)) for _ in range(2))
+        self.gelu = GELU()
         self.linear2 = nn.Linear(5 * dim, dim)
         self.table = nn.Parameter(torch.zeros(3, dim))
 
@@ -204,7 +214,7 @@ class SingleBlock(nn.Module):
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)                              # [B,H,M+N,d]
         q, k = rotate(rms_norm(q, self.q_norm), angle), rotate(rms_norm(k, self.k_norm), angle)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return z + gate[:, None] * self.linear2(torch.cat([out.transpose(1, 2).flatten(2), F.gelu(hidden, approximate="tanh")], dim=2))
+        return z + gate[:, None] * self.linear2(torch.cat([out.transpose(1, 2).flatten(2), self.gelu(hidden)], dim=2))
 
 
 class Trunk(nn.Module):

@@ -302,7 +302,7 @@ def batches(run, shard, cached):
     ranks = SimpleNamespace(rank=0, world=1, device=CPU)
     samples, space = training.open_shards(run, [shard], config, config.train, ranks, common.read_clusters(run), labelled=shard == "router")
     loader = iter([data.collate([samples[p] for p in range(first, first + 16)]) for first in range(0, 48, 16)])
-    state = SimpleNamespace(sums=torch.zeros(5), warned=0, ranks=ranks)
+    state = SimpleNamespace(sums=torch.zeros(5), warned=0, ranks=ranks, synchronise_gradients=lambda now: None)
     return list(training._Step(state, loader, space, 3, 1, None).batches())
 
 
