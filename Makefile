@@ -8,7 +8,7 @@ demo: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
 
 test: .venv/installed
-	.venv/bin/python -m pytest tests -n 2 --dist loadfile
+	.venv/bin/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed, this is ' + sys.version)"
