@@ -118,7 +118,7 @@ class State:
         self.compiled = train.compile == "yes" or train.compile == "auto" and ranks.device.type == "cuda"
         prepare_blocks(self.model, train.activation_checkpointing, self.compiled)
         if self.sharded:
-            policy = MixedPrecisionPolicy(torch.bfloat16 if self.bf16 else None, torch.float32, cast_forward_inputs=False)    # autocast casts, as without FSDP
+            policy = MixedPrecisionPolicy(torch.bfloat16 if self.bf16 else None, torch.float32, cast_forward_inputs=False)    # autocast casts
             mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
             for module in (*self.model.blocks, self.model):
                 fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

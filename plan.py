@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
-from common import UserError
+from common import UserError, broadcast
 
 # dense peak rates in 1e12 FLOP/s, bf16 and TF32 multiplications (vendors' data sheets, without sparsity), and memory in GB, by words of the device's name
 DEVICES = {"B200": (2250, 1125, 180), "GB200": (2500, 1250, 186), "GH200": (989, 495, 96), "H200 NVL": (836, 418, 141), "H200": (989, 495, 141),
@@ -147,7 +147,7 @@ def choose_parallel(config, train, ranks, share, bf16):
     micro = min(train.micro_batch or share, share)
     memory, need = device_memory(ranks.device), Memory(config, bf16)
     replicated, sharded = (need.total(way, ranks.world, micro, micro < share, train.activation_checkpointing) for way in (False, True))
-    shard = shards(need, train, ranks.world, share, memory)
+    shard = broadcast(shards(need, train, ranks.world, share, memory))      # GPUs may differ by a few bytes; the ranks must not
     return shard, (f"{'sharded (FSDP2)' if shard else 'replicated (DDP)'} over {ranks.world} ranks, train.parallel = {train.parallel!r}: about {replicated / GB:.2g} GB "
                    f"a rank replicated, {sharded / GB:.2g} GB sharded, of {memory / GB:.3g} GB")
 

@@ -389,7 +389,8 @@ def save_samples(state, config, data, space, side=4, solver_steps=25):
         return v[0] if len(v) == 1 else flow.guide(v[0], v[1], w)
 
     state.swap_average()
-    with torch.compiler.set_stance("force_eager"):      # another batch without gradients would be compiled anew
+    # eager: another batch without gradients would be compiled anew; autocast: FSDP gathers bf16 weights, which fp32 inputs do not go with
+    with torch.compiler.set_stance("force_eager"), torch.autocast(state.ranks.device.type, torch.bfloat16, enabled=state.sharded and state.bf16):
         *_, x = flow.integrate(velocity, x.to(state.ranks.device), flow.time_grid(solver_steps, config.flow.shift), config.sample.solver)
     state.swap_average()
     if state.ranks.rank:

@@ -131,6 +131,17 @@ def test_sharded_training_gives_the_losses_and_the_average_of_one_process(cluste
     assert os.path.exists(run / "samples" / "expert-all-00000006.png")
 
 
+def test_sharded_training_in_bf16_follows_one_process_in_bf16(clustered, tmp_path):
+    """To bf16's rounding: FSDP's gathered weights are bf16 where autocast would leave fp32, so the residual stream is, too. Pictures are drawn as well."""
+    flags = ["--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.precision", "bf16"]
+    one, two = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
+    command("train_expert.py", "--run", one, *flags)
+    command("train_expert.py", "--run", two, *flags, "--train.parallel", "fsdp", ranks=2)
+    for a, b in zip(log(one, "expert-all"), log(two, "expert-all"), strict=True):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.02)
+    assert os.path.exists(two / "samples" / "expert-all-00000006.png")
+
+
 def test_replicated_or_sharded_is_chosen_by_the_estimate_and_replicas_give_the_same(clustered, mmdit, tmp_path):
     run = copy(clustered, tmp_path)
     done = command("train_expert.py", "--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, ranks=2)
