@@ -110,7 +110,8 @@ CONFIG = {
     "plan": {
         "gpus": (8, "number of GPUs"),
         "gpu": ("H100", "their kind, of which plan.py knows peak rate and memory",
-                ("B200", "GB200", "GH200", "H200", "H100", "H100 PCIe", "A100", "L40S", "L4", "A10", "RTX 5090", "RTX 4090", "RTX 3090", "MI300X")),
+                ("B200", "GB200", "GH200", "H200 NVL", "H200", "H100 NVL", "H100 PCIe", "H100", "H20", "A100", "L40S", "L40", "L4", "A40", "A10G", "A10",
+                 "RTX A6000", "RTX 6000 Ada", "RTX 5090", "RTX 4090", "RTX 3090", "MI300X")),
         "mfu": (0.4, "share of the peak rate that training reaches (model FLOPs utilisation)"),
         "step_seconds": (0.0, "a step time from elsewhere, to say which MFU and batch it implies (0: none)"),
     },
@@ -143,6 +144,8 @@ LEAST = {"data.size": 1, "data.classes": 1, "data.run": 1, "data.workers": -1, "
          "cluster.router_images": 1, "text.length": 1, "text.vocab": 2, "flow.shift": 0.01, "train.steps": 1, "train.batch": 1,
          "train.log_every": 1, "train.save_every": 1, "train.router.steps": 0, "train.student.batch": 0, "sample.steps": 1, "sample.router_temperature": 1e-6,
          "sample.route_every": 1, "plan.gpus": 1, "plan.mfu": 0.001}
+UMASK = os.umask(0)     # there is no other way to read it, and threads must not do it beside each other
+os.umask(UMASK)
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -429,9 +432,7 @@ def atomic(path):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)     # safetensors would make its files private
+        os.chmod(temporary, 0o666 & ~UMASK)     # safetensors would make its files private
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

@@ -371,7 +371,8 @@ class TarDataset(torch.utils.data.Dataset):
                 raise UserError(f"a hundred samples in a row cannot be used, the last: {bad[-1]}")
             number = mix(self.seed, position, len(bad)) % len(self)
         # All that is random about a training sample, always drawn in this order: it depends on nothing but (seed, position).
-        # (torch draws normal numbers twice as fast as numpy does, and they are most of the work on a sample of latents.)
+        # (torch draws normal numbers twice as fast as numpy does, and they are most of the work on a sample of latents. Its generator takes 32 bits
+        # of the seed: positions that agree in these, pairs of different pictures, share their numbers.)
         rng = torch.Generator().manual_seed(mix(self.seed, position))
         mirror, left, top, u, drop = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
         eps = torch.randn(self.noise_shape, generator=rng)

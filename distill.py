@@ -108,9 +108,11 @@ def main():
         raise UserError(f"the student needs all {K} experts as teachers, {args.run}/experts has {', '.join(map(str, teachers.paths))}")
     teachers.check_fits("the student", {"model": vars(student_config), **info})
     initial, begun = initial_weights(args.run, args.init, student_config) if args.init else (None, {"flops": 0})
-    state = engine.State(args.run, "student", student_config, train, ranks, config, space, batch, initial, shard="student", init=args.init,
-                           clustering=clusters["fingerprint"], images=len(data), micro_batch=micro,
-                           teachers=" ".join(f"{k}:{about['step']}" for k, about in teachers.infos.items()))
+    sizes = sorted(models.parameters(models.ModelConfig(**about["model"])) for about in teachers.infos.values())
+    beside = sum(sizes[-(args.resident or K):]) * teachers.dtype.itemsize
+    state = engine.State(args.run, "student", student_config, train, ranks, config, space, batch, initial, beside, shard="student", init=args.init,
+                         clustering=clusters["fingerprint"], images=len(data), micro_batch=micro,
+                         teachers=" ".join(f"{k}:{about['step']}" for k, about in teachers.infos.items()))
     # beside its own training, of each image: the forward of its teacher
     state.image_flops += sum(len(part) * models.flops(models.ModelConfig(**teachers.infos[k]["model"])) for k, part in enumerate(parts)) // len(data)
     info["init_flops"] = begun["flops"]

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import model as models
 import networks
 import plan
-from common import UserError, atomic, barrier, differences, flat, sum_over_ranks
+from common import UserError, atomic, barrier, differences, flat, gather, sum_over_ranks
 
 BINS = 5            # of t in [0,1], in the log
 KEEP = 2            # checkpoints
@@ -82,11 +82,11 @@ class State:
     """Model, averaged weights, optimiser and counters of one training: all that a checkpoint holds.
 
     Checkpoints are folders RUN/checkpoints/NAME/step-00001000, written beside their place and renamed. batch: images a step, of all ranks;
-    initial: weights {name: tensor} to begin with; identity: what else may not change over a resume. image_flops is what training on one
-    image costs.
+    initial: weights {name: tensor} to begin with; beside: bytes of each GPU's memory that others need; identity: what else may not change
+    over a resume. image_flops is what training on one image costs.
     """
 
-    def __init__(self, run, name, model_config, train, ranks, config, space, batch, initial=None, **identity):
+    def __init__(self, run, name, model_config, train, ranks, config, space, batch, initial=None, beside=0, **identity):
         self.run, self.name, self.train, self.ranks, self.batch = run, name, train, ranks, batch
         self.folder = os.path.join(run, "checkpoints", name)
         if batch % ranks.world:
@@ -103,7 +103,7 @@ class State:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None      # it talks while training does
         newest = self._read_newest()
         self.bf16 = train.precision == "bf16" or train.precision == "auto" and ranks.device.type == "cuda"
-        self.sharded, self.choice = plan.choose_parallel(model_config, train, ranks, batch // ranks.world, self.bf16)
+        self.sharded, self.choice = plan.choose_parallel(model_config, train, ranks, batch // ranks.world, self.bf16, beside)
         self._build(model_config, initial, newest)
         if newest:
             self._load(*newest)
@@ -150,7 +150,7 @@ class State:
         """Clips, steps AdamW, moves the average: ema <- d ema + (1 - d) weights, with d = min(ema, (1 + n) / (10 + n)). -> the gradient's norm."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.wrapped is self.model)        # DDP's gradients are views of its buckets: without them there would be two
         self.step += 1
         decay = min(self.train.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_([local(e) for e in self.ema.values()], [local(p) for p in self.model.parameters()], 1 - decay)
@@ -231,12 +231,13 @@ class State:
     def finish_saving(self):
         """Waits until the last checkpoint is on disk. UserError if it could not be written."""
         if self.saving:
-            (step, future), self.saving = self.saving, None
+            (step, future), self.saving, why = self.saving, None, ""
             try:
                 future.result()
             except (Exception, dcp.api.CheckpointException) as error:       # the latter is torch's, of a rank that failed, and no Exception
-                raise UserError(f"{self.name}: the checkpoint of step {step} could not be written ({str(error).strip().splitlines()[-1]}); is the disk full? "
-                                f"The former one is kept") from None
+                why = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            if why := next(filter(None, gather(why)), ""):      # all ranks end, or none
+                raise UserError(f"{self.name}: the checkpoint of step {step} could not be written ({why}); is the disk full? The former one is kept")
 
     def mark(self, status, step):
         """Tells a scheduler's script whether this training is finished."""

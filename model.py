@@ -34,6 +34,10 @@ PRESETS = {f"{name}/{patch}": dict(dim=dim, depth=depth, heads=heads, patch=patc
            for name, (dim, depth, heads, double) in SIZES.items() for patch in (2, 4, 8)}
 
 
+UMASK = os.umask(0)     # there is no other way to read it, and threads must not do it beside each other
+os.umask(UMASK)
+
+
 @dataclass
 class ModelConfig:
     size: int                   # side of the input, in pixels or latent cells
@@ -420,6 +424,12 @@ def flops(config):
         return build(config).flops()
 
 
+def parameters(config):
+    """Weights of the model of a ModelConfig, which is not built."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(config).parameters())
+
+
 def save(path, config, state, dtype=torch.float32, /, **info):
     """Writes weights {name: tensor} as one safetensors file that `load` rebuilds the model from. info: whatever JSON can hold.
 
@@ -428,9 +438,7 @@ def save(path, config, state, dtype=torch.float32, /, **info):
     text = json.dumps({"model": asdict(config), **info}, sort_keys=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, temporary, metadata={"nanoddm": text})
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)     # safetensors would make it private
+    os.chmod(temporary, 0o666 & ~UMASK)     # safetensors would make it private
     os.replace(temporary, path)
 
 

@@ -5,7 +5,7 @@
     python train_expert.py --shard 0 --plan configs/laion-3b.toml --plan.gpus 16 --plan.step_seconds 0.28      # what does a known step time imply?
 
 Memory is counted on fake tensors, which have shapes and no contents: a forward pass of the real model, whose tensors kept for the backward
-pass are added up. That is eager mode; compiled blocks keep less. Also the table of peak rates that MFU is measured against.
+pass are added up. That is eager mode; compiled blocks usually keep less. Also the table of peak rates that MFU is measured against.
 """
 import os
 import re
@@ -43,11 +43,11 @@ def peak_flops(name, bf16):
     return found and found[0 if bf16 else 1] * 1e12
 
 
-def device_memory(device, ranks_here=None):
+def device_memory(device):
     """Bytes that a rank has: its GPU's memory, or its share of the host's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (ranks_here or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -67,7 +67,10 @@ class _Expensive(TorchDispatchMode):
 
 
 def kept(config, batch, bf16):
-    """Bytes that the model of a ModelConfig keeps for the backward pass of a batch, by activation checkpointing: {"none": , "selective": , "block": }."""
+    """Bytes that the model of a ModelConfig keeps for the backward pass of a batch, by activation checkpointing: {"none": , "selective": , "block": }.
+
+    selective is an upper bound: the block that is being computed again has its products counted twice.
+    """
     with FakeTensorMode():
         model = models.build(config)
         model.requires_grad_(True)
@@ -96,36 +99,52 @@ def kept(config, batch, bf16):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16), expensive:
             model(torch.zeros(batch, config.channels, config.size, config.size), torch.zeros(batch), c[config.condition])
         size = lambda storages: sum(s.nbytes() for s in storages.values())
-        outside, blocks = size(places[0]), [size(p) for p in places[1:]]
-        again = outside + size(entering) + max(blocks, default=0)       # one block at a time has all of its own
-    return {"none": outside + sum(blocks), "selective": min(again + expensive.bytes, outside + sum(blocks)), "block": again}
+        blocks = [size(p) for p in places[1:]]
+        everything = size(places[0]) + sum(blocks)
+        again = size(places[0] | entering) + max(blocks, default=0)     # one block at a time has all of its own
+    return {"none": everything, "selective": min(again + expensive.bytes, everything), "block": again}
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 class Memory:
     """Bytes that training the model of a ModelConfig takes on each of `world` GPUs.
 
-    micro: images a forward pass; accumulating: a step has several of them.
+    micro: images a forward pass; accumulating: a step has several of them; beside: bytes for something else, such as teachers.
     """
 
-    def __init__(self, config, bf16):
+    def __init__(self, config, bf16, beside=0):
+        self.beside = beside
         two, three = kept(config, 2, bf16), kept(config, 3, bf16)
         self.image = {mode: three[mode] - two[mode] for mode in two}
         self.casts = two["none"] - 2 * self.image["none"]       # bf16 copies of the weights, which autocast makes and backward needs
         with torch.device("meta"):
             model = models.build(config)
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.block = max((sum(p.numel() for p in block.parameters()) for block in model.blocks), default=0)
+        self.parameters = parameters(model)
+        self.gathered = self.parameters - parameters(model.blocks) + 2 * max(map(parameters, model.blocks), default=0)
         self.bf16 = bf16
 
     def fixed(self, sharded, world, accumulating):
         """{what: bytes} whatever the micro-batch."""
         P, W = self.parameters, world if sharded else 1
-        # sharded: two blocks are gathered at a time, and their gradients are whole until they are reduced; all are while micro-batches add up
-        gathered = 2 * self.block * ((2 if self.bf16 else 4) + 4) if sharded else self.casts
-        return {"weights": 4 * P / W, "gradients": 4 * P / (1 if accumulating else W), "AdamW": 8 * P / W, "average": 4 * P / W, "copies": gathered}
+        # sharded: besides what is outside of blocks two of those are gathered at a time: weights, their gradients, and these in fp32 to be summed.
+        # While micro-batches add up, all gradients are whole.
+        copies = self.gathered * (8 if self.bf16 else 12) if sharded else self.casts
+        return {"weights": 4 * P / W, "gradients": 4 * P / (1 if accumulating else W), "AdamW": 8 * P / W, "average": 4 * P / W, "copies": copies}
 
     def total(self, sharded, world, micro, accumulating, mode):
-        return sum(self.fixed(sharded, world, accumulating).values()) + micro * self.image[mode]
+        return self.beside + sum(self.fixed(sharded, world, accumulating).values()) + micro * self.image[mode]
+
+    def configured(self, sharded, train, world, share):
+        """The total as [train] has it, for a rank's share of the batch."""
+        micro = min(train.micro_batch or share, share)
+        return self.total(sharded, world, micro, micro < share, train.activation_checkpointing)
+
+    def shards(self, train, world, share, memory):
+        """Whether train.parallel means sharding, for a rank's share of the batch and bytes of memory."""
+        return world > 1 and (train.parallel == "fsdp" or train.parallel == "auto" and self.configured(False, train, world, share) > USABLE * memory)
 
     def micro_batch(self, sharded, world, share, mode, memory):
         """The largest divisor of a rank's share of the batch that fits into `memory` bytes; 0 if none does."""
@@ -133,21 +152,13 @@ class Memory:
         return next(fits, 0)
 
 
-def shards(need, train, world, share, memory):
-    """Whether train.parallel means sharding, for a rank's share of the batch and bytes of memory."""
-    micro = min(train.micro_batch or share, share)
-    replicated = need.total(False, world, micro, micro < share, train.activation_checkpointing)
-    return world > 1 and (train.parallel == "fsdp" or train.parallel == "auto" and replicated > USABLE * memory)
-
-
-def choose_parallel(config, train, ranks, share, bf16):
-    """-> (whether to shard the model over the ranks, one line that says why). share: images a rank and step."""
+def choose_parallel(config, train, ranks, share, bf16, beside):
+    """-> (whether to shard the model over the ranks, one line that says why). share: images a rank and step; beside: as in Memory."""
     if ranks.world == 1:
         return False, ""
-    micro = min(train.micro_batch or share, share)
-    memory, need = device_memory(ranks.device), Memory(config, bf16)
-    replicated, sharded = (need.total(way, ranks.world, micro, micro < share, train.activation_checkpointing) for way in (False, True))
-    shard = broadcast(shards(need, train, ranks.world, share, memory))      # GPUs may differ by a few bytes; the ranks must not
+    memory, need = device_memory(ranks.device), Memory(config, bf16, beside)
+    shard = broadcast(need.shards(train, ranks.world, share, memory))       # GPUs may differ by a few bytes; the ranks must not
+    replicated, sharded = (need.configured(way, train, ranks.world, share) for way in (False, True))
     return shard, (f"{'sharded (FSDP2)' if shard else 'replicated (DDP)'} over {ranks.world} ranks, train.parallel = {train.parallel!r}: about {replicated / GB:.2g} GB "
                    f"a rank replicated, {sharded / GB:.2g} GB sharded, of {memory / GB:.3g} GB")
 
@@ -171,22 +182,23 @@ def report(name, config, train, batch, settings, teachers=0):
     need = Memory(config, bf16)
     with torch.device("meta"):
         model = models.build(config)
-    image_flops, tokens, extra = (4 if teachers else 3) * model.flops(), sum(model.tokens()), teachers * need.parameters * 2      # in bf16, see ensemble.py
+    image_flops, tokens = (4 if teachers else 3) * model.flops(), sum(model.tokens())
+    need.beside = teachers * need.parameters * 2        # in bf16, see ensemble.py
     images = train.steps * batch
     print(f"{name}: {type(model).__name__} of {need.parameters / 1e6:.4g}M parameters; an image is {model.tokens()[0]} tokens + {model.tokens()[1]} of text, "
           f"{image_flops / 1e12:.4g} TFLOPs to train on ({model.flops() / 1e12:.4g} forward)")
     print(f"batch {batch} = {world} x {settings.gpu} x {share}; {train.steps:,} steps = {images / 1e6:.4g}M images = {images * tokens / 1e9:.4g}G tokens "
           f"= {images * image_flops:.3g} FLOPs")
-    print(f"\nmemory in GB of the {rates[2]} of a {settings.gpu}, {USABLE:.0%} of which may be used; activations as in eager mode, compiled blocks keep less"
-          + (f"; besides {extra / GB:.3g} GB for teachers" if extra else ""))
+    print(f"\nmemory in GB of the {rates[2]} of a {settings.gpu}, {USABLE:.0%} of which may be used; activations as in eager mode"
+          + (f"; {need.beside / GB:.3g} GB of it for teachers" if teachers else ""))
     print("         activation     weights  gradients   AdamW  average  copies    an image's     micro-batch     in all\n"
           "         checkpointing                                              activations    that fits")
     for sharded in (False, True) if world > 1 else (False,):
         for mode in need.image:
-            micro = need.micro_batch(sharded, world, share, mode, memory - extra / USABLE)
-            chosen = mode == train.activation_checkpointing and sharded == shards(need, train, world, share, memory - extra / USABLE)
+            micro = need.micro_batch(sharded, world, share, mode, memory)
+            chosen = mode == train.activation_checkpointing and sharded == need.shards(train, world, share, memory)
             parts = need.fixed(sharded, world, (micro or 1) < share)
-            total = extra + need.total(sharded, world, micro or 1, (micro or 1) < share, mode)
+            total = need.total(sharded, world, micro or 1, (micro or 1) < share, mode)
             print(f"{'*' if chosen else ' '}{'FSDP2' if sharded else 'DDP' if world > 1 else 'one':7s} {mode:12s}" + "".join(f"{parts[k] / GB:{w}.2f}" for k, w in zip(parts, (10, 11, 8, 9, 8)))
                   + f"{need.image[mode] / GB:14.3f}{micro or 'none':>16}{total / GB:11.1f}")
     print("* as configured (train.parallel, train.activation_checkpointing); auto shards only if replicas do not fit")

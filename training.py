@@ -317,8 +317,7 @@ def steps(state, data, space, config, shown, profile=False):
     state.model.train()
     since, images, waited = time.monotonic(), 0, 0.0
     profiler = _profiler(state) if profile and ranks.rank == 0 else contextlib.nullcontext()
-    try:
-        profiler.__enter__()
+    with contextlib.closing(log), profiler:
         while state.step < train.steps:
             step = _Step(state, loader, space, count, batch / ranks.world, autocast)
             for group in state.optimizer.param_groups:
@@ -355,15 +354,11 @@ def steps(state, data, space, config, shown, profile=False):
             log.update()
             if step.save:
                 state.save(FINISHED if state.step == train.steps else UNFINISHED)
-            if stopping and state.step < train.steps:
-                state.finish_saving()
-                if ranks.rank == 0:
-                    print(f"{state.name}: stopped by a signal, saved at step {state.step}; run the same command to go on", flush=True)
+            if stopping:
                 break
         state.finish_saving()
-    finally:
-        profiler.__exit__(None, None, None)
-        log.close()
+        if state.step < train.steps and ranks.rank == 0:
+            print(f"{state.name}: stopped by a signal, saved at step {state.step}; run the same command to go on", flush=True)
 
 
 # ---- pictures while training --------------------------------------------------------------------------------------

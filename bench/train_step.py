@@ -14,7 +14,6 @@ import copy
 import os
 import statistics
 import sys
-import tempfile
 import time
 import types
 from types import SimpleNamespace
@@ -38,13 +37,13 @@ def ours(preset, batch, device, precision, compile, checkpointing):
     condition = dict(condition="text", text_dim=2048, length=128) if mmdit else dict(condition="class", classes=1000)
     shape = model.ModelConfig(32, 4, **condition, **model.PRESETS[preset])
     space = SimpleNamespace(info={})
-    state = engine.State(tempfile.mkdtemp(), "bench", shape, training.stage_config(config), SimpleNamespace(rank=0, world=1, device=device), config, space, batch)
+    state = engine.State("no run", "bench", shape, training.stage_config(config), SimpleNamespace(rank=0, world=1, device=device), config, space, batch)
     c = torch.randn(batch, 128, 2048, device=device).half() if mmdit else torch.randint(0, 1000, (batch,), device=device)
     loss_of = torch.zeros((), device=device)
 
     def step():
-        x_0, eps, t = (torch.randn(batch, 4, 32, 32, device=device) for _ in range(2)), None, torch.rand(batch, device=device)
-        x_0, eps = x_0
+        x_0, eps = torch.randn(2, batch, 4, 32, 32, device=device)
+        t = torch.rand(batch, device=device)
         dropped = model.drop_condition(shape, c, torch.rand(batch, device=device) < 0.1)
         with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
             loss = flow.expert_loss(state.wrapped, x_0, dropped, t, eps, "velocity", "linear")
@@ -65,7 +64,7 @@ def theirs(folder, preset, batch, device, autocast, compile):
     average = copy.deepcopy(network).requires_grad_(False)
     diffusion = peer_diffusion.create_diffusion(timestep_respacing="")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0)
-    update_ema = vars(_functions(os.path.join(folder, "train.py"), "update_ema"))["update_ema"]
+    update_ema = _functions(os.path.join(folder, "train.py"), "update_ema").update_ema
     network.train()
     called, total = torch.compile(network) if compile else network, [0.0]
     y = torch.randint(0, 1000, (batch,), device=device)

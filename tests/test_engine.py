@@ -110,6 +110,26 @@ def test_the_average_is_the_formula_s_and_swapping_it_twice_changes_nothing(tmp_
     assert all(torch.equal(p, before[k]) for k, p in state.model.named_parameters())
 
 
+def test_a_checkpoint_holds_the_moment_it_was_made_while_training_goes_on(tmp_path):
+    from common import make_config
+    from training import stage_config
+    config = make_config({})
+    ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    make = lambda: engine.State(str(tmp_path), "x", small("DiT").config, stage_config(config), ranks, config, SimpleNamespace(info={}), 3)
+    state = make()
+    state.step = 1
+    weights, average = ({k: v.detach().clone() for k, v in d.items()} for d in (dict(state.model.named_parameters()), state.ema))
+    state.save("to be continued")
+    with torch.no_grad():
+        for p, e in zip(state.model.parameters(), state.ema.values()):
+            p += 1
+            e += 1
+    state.finish_saving()
+    again = make()
+    assert again.resumed and again.step == 1
+    assert all(torch.equal(p, weights[k]) for k, p in again.model.named_parameters()) and all(torch.equal(e, average[k]) for k, e in again.ema.items())
+
+
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -202,6 +222,11 @@ def test_peak_rates_are_found_by_the_names_that_devices_give_themselves(name, bf
     assert plan.peak_flops(name, bf16) == (tflops and tflops * 1e12)
 
 
+def test_every_device_of_the_table_can_be_planned_for():
+    from common import CONFIG
+    assert CONFIG["plan"]["gpu"][2] == tuple(plan.DEVICES)
+
+
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,11 +244,21 @@ def test_the_plan_counts_what_a_real_forward_pass_keeps(kind, bf16):
         out = model(*inputs(kind))
     counted = plan.kept(model.config, 3, bf16)
     assert out.requires_grad and counted["none"] == pytest.approx(sum(s.nbytes() for s in storages.values()), rel=0.02)
-    assert counted["block"] < counted["none"] and counted["selective"] <= counted["none"]
+
+
+def test_selective_checkpointing_keeps_products_and_attention_and_block_checkpointing_what_enters():
+    """By hand, for a deep DiT in fp32: adaLN 6 D; q, k, v, attention, projection and both layers of the MLP 3 + 1 + 1 + 4 + 1 of N D."""
+    config = models.ModelConfig(16, 3, dim=64, depth=24, heads=2, patch=2)
+    N, D, image = 64, 64, plan.Memory(config, bf16=False).image
+    assert image["selective"] - image["block"] == pytest.approx(4 * 24 * (10 * N * D + 6 * D + 2 * N), rel=0.02)
+    assert image["block"] < image["selective"] < image["none"]
+    inputs_and_a_block = 4 * 24 * N * D + image["none"] / 24
+    assert image["block"] == pytest.approx(inputs_and_a_block, rel=0.1)
 
 
 def test_memory_by_hand_replicated_and_sharded():
-    need = plan.Memory(small("DiT").config, bf16=False)
+    need_config = small("DiT").config
+    need = plan.Memory(need_config, bf16=False)
     P = sum(p.numel() for p in small("DiT").parameters())
     assert need.parameters == P and need.casts == 0
     assert sum(need.fixed(False, 8, False).values()) == 20 * P      # weights, gradients, two moments, average
@@ -232,7 +267,8 @@ def test_memory_by_hand_replicated_and_sharded():
     room = need.total(False, 1, 4, True, "none") / plan.USABLE
     assert need.micro_batch(False, 1, 12, "none", room) == 4 and need.micro_batch(False, 1, 12, "none", 10 * P) == 0
     tight = SimpleNamespace(micro_batch=4, activation_checkpointing="none", parallel="auto")
-    assert not plan.shards(need, tight, 2, 12, room) and plan.shards(need, tight, 2, 12, 0.9 * room)
+    assert not need.shards(tight, 2, 12, room) and need.shards(tight, 2, 12, 0.9 * room)
+    assert plan.Memory(need_config, False, beside=room).shards(tight, 2, 12, room)      # no room beside teachers
 
 
 def test_the_plan_of_the_3b_config_says_memory_time_and_what_the_paper_s_step_implies():
