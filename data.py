@@ -306,6 +306,7 @@ class TarDataset(torch.utils.data.Dataset):
         self.index = [index_tar(path, len(self.tars) < 50_000) for path in self.tars]       # Linux maps 65,530 files a process
         self.ends = np.cumsum([len(rows) for rows in self.index]).tolist()
         self.files = collections.OrderedDict()      # open tars, the latest last
+        self.rng = torch.Generator()                # seeded anew for each sample
 
     def __len__(self):
         return self.ends[-1] if self.ends else 0
@@ -373,19 +374,18 @@ class TarDataset(torch.utils.data.Dataset):
         # All that is random about a training sample, always drawn in this order: it depends on nothing but (seed, position).
         # (torch draws normal numbers twice as fast as numpy does, and they are most of the work on a sample of latents. Its generator takes 32 bits
         # of the seed: positions that agree in these, pairs of different pictures, share their numbers.)
-        rng = torch.Generator().manual_seed(mix(self.seed, position))
-        mirror, left, top, u, drop = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
-        eps = torch.randn(self.noise_shape, generator=rng)
-        post = torch.randn(self.noise_shape, generator=rng) if self.posterior else None
+        self.rng.manual_seed(mix(self.seed, position))
+        mirror, left, top, u, drop = torch.rand(5, generator=self.rng, dtype=torch.float64).tolist()
+        noise = torch.randn((1 + self.posterior, *self.noise_shape), generator=self.rng)
         mirror = self.flip and mirror < 0.5
         if self.latent:
             x = image[int(mirror)].float()      # mean, std; or the latents alone
-            x = x[0] + x[1] * post if self.posterior else x[0]
+            x = torch.addcmul(x[0], x[1], noise[1]) if self.posterior else x[0]
         else:
             x = torch.from_numpy(square(image, self.size, (left, top) if self.crop == "random" else (0.5, 0.5), mirror).copy())
         u = min(max(u, 1e-6), 1 - 1e-6)
-        item = {"x": x, "c": condition, "k": cluster, "u": u, "drop": drop, "eps": eps, "bad": bad}
-        return item if post is None or self.latent else item | {"post": post}
+        item = {"x": x, "c": condition, "k": cluster, "u": u, "drop": drop, "eps": noise[0], "bad": bad}
+        return item | {"post": noise[1]} if self.posterior and not self.latent else item
 
 
 def collate(items):

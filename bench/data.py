@@ -4,13 +4,15 @@
     python bench/data.py                                                # drawn JPEGs of 512 pixels decoded at 256, and latents of 4 x 32 x 32
     python bench/data.py --index 20e6                                   # start-up time and memory of the index, main process and a worker
 
-One process and one thread, no worker processes, the sides in turn. Both shuffle, decode to the same square at the same size and filter (Lanczos),
-mirror half, and return tensors; ours also draws time and noise. webdataset's is its documented pipeline: shards shuffled, a buffer of 1,000
-samples, .decode("pil"), .to_tuple, .map. A ratio is the median over turns, with its range.
+One process and one thread, no worker processes, the sides in turn. Both shuffle. Pictures: both decode to the same square at the same size and
+filter (Lanczos), mirror half, and return tensors; ours also draws time and noise. Latents: once read alone (a tensor of mean and deviation, and the
+caption), once with what a step needs (a sample of the posterior, time, noise), drawn by torch on both sides. webdataset's is its documented
+pipeline: shards shuffled, a buffer of 1,000 samples, .decode("pil"), .to_tuple, .map. A ratio is the median over turns, with its range.
 """
 import argparse
 import glob
 import io
+import itertools
 import os
 import statistics
 import sys
@@ -49,15 +51,14 @@ def draw_latents(folder, count, per_tar=2500):
                 tar.add(f"{i:08d}.txt", b"a red circle")
 
 
-def ours(tars, size, latent):
+def ours(tars, size, what):
+    latent = what != "pictures"
     reader = data.TarDataset(tars, size, "text", None, flip=not latent, noise_shape=(4, 32, 32), posterior=latent, latent=(1, 2, 4, 32, 32) if latent else None)
-    position = 0
-    while True:
-        yield reader[position]
-        position += 1
+    for position in itertools.count():
+        yield reader.sample(reader.order(position)) if what == "latents" else reader[position]
 
 
-def theirs(tars, size, latent):
+def theirs(tars, size, what):
     import webdataset as wds
 
     def picture(sample):
@@ -70,15 +71,20 @@ def theirs(tars, size, latent):
         return torch.from_numpy(np.array(image)), caption
 
     def latents(sample):
-        moments = np.frombuffer(sample[0], np.float16).reshape(2, 4, 32, 32).astype(np.float32)
-        return torch.from_numpy(moments[0] + moments[1] * np.random.randn(4, 32, 32).astype(np.float32)), sample[1].decode()
+        return torch.frombuffer(bytearray(sample[0]), dtype=torch.float16).view(2, 4, 32, 32), sample[1].decode()
+
+    def training(sample):
+        (mean, deviation), caption = latents(sample)
+        return torch.addcmul(mean.float(), deviation.float(), torch.randn(4, 32, 32)), caption, torch.rand(()), torch.randn(4, 32, 32)
 
     pipeline = wds.WebDataset(tars, shardshuffle=len(tars), resampled=False, empty_check=False).repeat().shuffle(1000)
-    yield from pipeline.to_tuple("lat", "txt").map(latents) if latent else pipeline.decode("pil").to_tuple("jpg;png;webp", "txt").map(picture)
+    if what == "pictures":
+        yield from pipeline.decode("pil").to_tuple("jpg;png;webp", "txt").map(picture)
+    yield from pipeline.to_tuple("lat", "txt").map(latents if what == "latents" else training)
 
 
-def compare(what, tars, size, latent, seconds, turns):
-    sides = {"ours": ours(tars, size, latent), "webdataset": theirs(tars, size, latent)}
+def compare(what, tars, size, seconds, turns):
+    sides = {"ours": ours(tars, size, what), "webdataset": theirs(tars, size, what)}
     for side in sides.values():
         for _ in range(1200):       # indices, page cache, and webdataset's buffer is full
             next(side)
@@ -155,10 +161,11 @@ def main():
         if not tars:
             draw_pictures(folder, args.images, 512)
             tars = sorted(glob.glob(f"{folder}/*.tar"))
-        compare(f"pictures at {args.size}", tars, args.size, False, args.seconds, args.turns)
+        compare("pictures", tars, args.size, args.seconds, args.turns)
     with tempfile.TemporaryDirectory() as folder:
         draw_latents(folder, 10_000)
-        compare("latents 4 x 32 x 32", sorted(glob.glob(f"{folder}/*.tar")), 256, True, args.seconds, args.turns)
+        for what in ("latents", "latents, posterior and noise"):
+            compare(what, sorted(glob.glob(f"{folder}/*.tar")), 256, args.seconds, args.turns)
 
 
 if __name__ == "__main__":
