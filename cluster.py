@@ -1,6 +1,7 @@
 """Stage 1: images -> features -> k-means -> K partitions of the data, each a folder of tar shards.
 
     python cluster.py --data 'data/shapes/*.tar' --run runs/demo --config configs/demo.toml
+    python cluster.py --data 'data/more/*.tar' --run runs/demo --append
     torchrun --nproc_per_node=8 -- cluster.py --data 'data/laion/*.tar' --run runs/laion --config configs/laion.toml --experts 8
 
 reads   the tars, as img2dataset writes them (data.py)
@@ -9,7 +10,9 @@ writes  RUN/config.toml                the experiment: --config with the flags o
         RUN/clusters.safetensors       fine and coarse centroids, counts; its fingerprint names this clustering
         RUN/shards/K/NAME.tar          the samples of NAME.tar in cluster K, byte for byte
         RUN/shards/router/NAME.tar     a uniform subset, each sample with its KEY.cluster
+        RUN/shards/K/manifest.json     the fingerprint, and count, bytes and SHA-256 of each of its tars
         RUN/clusters.png               some images of each cluster
+        RUN/logs/cluster.skipped.csv   samples that cannot be used, if there are any
 
 As in the paper (section 4.1): features to `fine` centroids by k-means, those to K coarse ones by k-means again, each image to
 the nearest coarse centroid. Run again, it goes on where it stopped. Data and seed determine the partition, whatever the ranks.
@@ -18,6 +21,7 @@ With [features] name = "pixels" no network is needed, and --device does not matt
 """
 import collections
 import contextlib
+import csv
 import glob
 import hashlib
 import io
@@ -36,8 +40,8 @@ from safetensors.numpy import load_file, save_file
 import networks
 import pretrained
 import training
-from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, make_config, make_parser, on_rank_0, parse, progress,
-                    read_toml, script, start, sum_over_ranks, write_toml)
+from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, gather, make_config, make_parser, on_rank_0, parse, progress,
+                    read_manifest, read_toml, script, start, sum_over_ranks, write_toml)
 from data import TarWriter, decode, find_tars, picture_grid, scan_tar, square, subset, usable
 from features import assign, extractor, nearest
 
@@ -54,7 +58,7 @@ def extract(path, target, prepare, function, info, config, bar):
             return
     except UserError:
         pass    # damaged: made again
-    features, places, images, bad = [], [], [], collections.Counter()
+    features, places, images, bad = [], [], [], []
     for sample, _, _, image in usable(path, prepare, 256, config.data, bad):
         images.append(image)
         places.append((sample.start, sample.end - sample.start))
@@ -67,7 +71,7 @@ def extract(path, target, prepare, function, info, config, bar):
     offsets, lengths = np.array(places, np.int64).reshape(-1, 2).T.copy()
     with atomic(target) as temporary:
         save_file({"features": features, "offsets": offsets, "lengths": lengths}, temporary,
-                  metadata={"nanoddm": json.dumps({"identity": identity, "images": len(features), "bad": bad}, sort_keys=True)})
+                  metadata={"nanoddm": json.dumps({"identity": identity, "images": len(features), "skipped": bad}, sort_keys=True)})
 
 
 def _read(file, offset, size):
@@ -110,6 +114,34 @@ def find_centroids(files, counts, fine, config):
             "fine_to_coarse": nearest(fine_centroids, coarse_centroids).astype(np.int64)}
 
 
+def balance(clusters, sizes, share):
+    """Moves whole fine clusters (of sizes [F]) from coarse ones with more than `share` of all images, each time the move that costs least: the squared
+    distance to the coarse centroid that it adds, over the images that it moves out of the way. Changes fine_to_coarse; -> what it did, in words.
+
+    Not in the paper. UserError where no move is left.
+    """
+    home, distance = clusters["fine_to_coarse"], ((clusters["fine_centroids"][:, None].astype(np.float64) - clusters["coarse_centroids"][None]) ** 2).sum(2)     # [F,K]
+    K, F, total = len(clusters["coarse_centroids"]), len(home), int(sizes.sum())
+    most = share * total
+    before, cost = home.copy(), lambda: float((sizes * distance[np.arange(F), home]).sum() / total)
+    old = cost()
+    while True:
+        held = np.bincount(home, weights=sizes, minlength=K)
+        over = held > most
+        if not over.any():
+            break
+        added = distance - distance[np.arange(F), home][:, None]        # per image
+        allowed = (over[home] & (sizes > 0))[:, None] & (held[None] + sizes[:, None] <= most)
+        if not allowed.any():
+            raise UserError(f"cluster.balance = {share} cannot be reached: cluster {held.argmax()} keeps {held.max() / total:.1%} of the images in fine clusters that "
+                            f"fit nowhere else. Allow more, or give cluster.fine more than {F}")
+        f, k = np.unravel_index(np.where(allowed, added, np.inf).argmin(), added.shape)
+        home[f] = k
+    moved = home != before
+    return (f"balance: {moved.sum()} of {F} fine clusters moved, with {sizes[moved].sum() / total:.1%} of the images; the mean squared distance of a fine centroid "
+            f"to its coarse one, weighted by images, grew from {old:.5f} to {cost():.5f} ({cost() / old - 1:+.1%})" if old else "balance: nothing to move")
+
+
 def fingerprint(clusters, config, info):
     """Names a clustering: whatever is trained on its shards carries this. Counts are left out, they grow when data is added."""
     digest = hashlib.sha256(json.dumps([config.cluster.assign, config.cluster.seed, networks.identity(info)], sort_keys=True).encode())
@@ -120,11 +152,21 @@ def fingerprint(clusters, config, info):
 
 # ---- partition ----------------------------------------------------------------------------------------------------
 
-def partition(path, name, run, features_file, clusters, for_router, config):
-    """Copies the samples of one tar to the shards of their clusters, and those with the numbers for_router to the router's, too."""
-    targets = [os.path.join(run, "shards", str(k), f"{name}.tar") for k in [*range(config.cluster.experts), "router"]]
+def describe_tar(path):
+    """A shard that an interrupted call wrote, as the manifest has it."""
+    with open(path, "rb") as f:
+        return {"samples": sum(1 for _ in scan_tar(path)), "bytes": os.path.getsize(path), "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+
+
+def partition(path, name, folders, manifests, features_file, clusters, for_router, config):
+    """Copies the samples of one tar to the shards of their clusters, and those with the numbers for_router to the router's, too.
+
+    folders: RUN/shards/0, 1, ..., router. -> what the manifest of each is to say of its part of the tar.
+    """
+    targets = [os.path.join(folder, f"{name}.tar") for folder in folders]
+    source = {"source": os.path.getsize(path)}
     if all(map(os.path.exists, targets)):
-        return
+        return [manifest["tars"].get(f"{name}.tar") or describe_tar(target) | source for manifest, target in zip(manifests, targets)]
     table, for_router = load_file(features_file), set(for_router.tolist())
     labels = assign(table["features"], name, clusters, config).tolist()
     with contextlib.ExitStack() as stack:       # a shard appears when it is whole
@@ -138,6 +180,42 @@ def partition(path, name, run, features_file, clusters, for_router, config):
                     folder, slash, stem = tar.next().name.rpartition("/")
                 writers[-1].add_raw(blocks)
                 writers[-1].add(f"{folder}{slash}{stem.partition('.')[0]}.cluster", str(k).encode())
+    counts = [labels.count(k) for k in range(config.cluster.experts)] + [len(for_router)]
+    return [{"samples": n, "bytes": writer.bytes, "sha256": writer.digest.hexdigest()} | source for n, writer in zip(counts, writers)]
+
+
+def write_manifests(folders, manifests, mark, parts):
+    """parts: {name of a tar: what partition says of it}; they join what is in the manifests already."""
+    for i, (folder, manifest) in enumerate(zip(folders, manifests)):
+        tars = manifest["tars"] | {f"{name}.tar": entries[i] for name, entries in parts.items()}
+        with atomic(os.path.join(folder, "manifest.json")) as temporary, open(temporary, "w") as f:
+            json.dump({"fingerprint": mark, "shard": os.path.basename(folder), "tars": dict(sorted(tars.items()))}, f, indent=1)
+        manifest["tars"] = tars
+
+
+def read_manifests(folders, mark):
+    """Those that are there; empty ones for the others. UserError if one is of another clustering."""
+    manifests = [read_manifest(folder) if os.path.exists(os.path.join(folder, "manifest.json")) else {"fingerprint": mark, "tars": {}} for folder in folders]
+    if other := [folder for folder, manifest in zip(folders, manifests) if manifest["fingerprint"] != mark]:
+        raise UserError(f"{other[0]} is a shard of another clustering, {read_manifest(other[0])['fingerprint']}, this one is {mark}: remove it, or use another --run")
+    return manifests
+
+
+def check_skipped(run, names, about, most, ranks):
+    """Lists the samples that cannot be used in RUN/logs/cluster.skipped.csv. UserError if they are too many."""
+    rows = [(name, *row) for name, a in zip(names, about) for row in a.get("skipped", [])]
+    images = sum(a["images"] for a in about)
+    causes = ", ".join(f"{cause}: {n}" for cause, n in sorted(collections.Counter(cause for *_, cause in rows).items()))
+    path = os.path.join(run, "logs", "cluster.skipped.csv")
+    if ranks.rank == 0:
+        print(f"{images} images in {len(names)} tars" + (f"; {len(rows)} skipped ({path}): {causes}" if rows else ""), flush=True)
+        if rows:
+            with atomic(path) as temporary, open(temporary, "w", newline="", errors="replace") as f:
+                csv.writer(f).writerows([("tar", "sample", "cause"), *rows])
+    if not images:
+        raise UserError(f"no usable image: {causes or 'the tars are empty'}")
+    if len(rows) > 10 and len(rows) > most * (images + len(rows)):
+        raise UserError(f"{len(rows)} of {images + len(rows)} samples cannot be used, more than data.max_bad = {most} of them ({causes}): see {path}, or allow more")
 
 
 def contact_sheet(run, counts):
@@ -172,27 +250,53 @@ def choose_config(args, given):
     return old
 
 
+def check_names(tars, manifests):
+    """UserError if one of {name: path} is named like one that the partition has, and another. (The same one: an --append that was interrupted.)"""
+    for name, path in tars.items():
+        entry = next(filter(None, (manifest["tars"].get(f"{name}.tar") for manifest in manifests)), None)
+        if entry and entry["source"] != os.path.getsize(path):
+            raise UserError(f"{path} is named like a tar that the partition has, of {entry['source']} bytes: rename it, its shards are named after it")
+
+
 def main():
     parser = make_parser(__doc__, CONFIG)
     parser.add_argument("--data", nargs="+", required=True, metavar="GLOB", help="the input tars")
     parser.add_argument("--config", default="", metavar="TOML", help="the experiment, see configs/ (default: every key's default)")
     parser.add_argument("--experts", dest="cluster.experts", metavar="K", help="the same as --cluster.experts")
+    parser.add_argument("--balance", dest="cluster.balance", metavar="SHARE", help="the same as --cluster.balance: 0.2 or 20%%")
+    parser.add_argument("--max-bad", dest="data.max_bad", metavar="SHARE", help="the same as --data.max_bad: 0.01 or 1%%")
+    parser.add_argument("--append", action="store_true", help="add these tars to a run that there is: each image to the cluster of the nearest of its frozen centroids, "
+                        "in shards of their own beside the others, which are not touched")
     args, given = parse(parser)
     tars = find_tars(args.data)
     config = choose_config(args, given)
-    K = config.cluster.experts
+    K, c = config.cluster.experts, config.cluster
+    if c.balance and c.assign != "fine":
+        raise UserError(f"cluster.balance = {c.balance} moves whole fine clusters, so it needs cluster.assign = fine, not {c.assign}")
+    if c.balance and not 1 / K <= c.balance <= 1:
+        raise UserError(f"cluster.balance = {c.balance} must be between 1 / {K}, the share of {K} equal clusters, and 1")
     space = pretrained.Space(config)      # found out now, not after hours: can the later stages work with this config?
     training.model_config(config, "model", space), training.model_config(config, "router", space, K)
     inputs = hashlib.sha256(json.dumps([(n, os.path.getsize(p)) for n, p in tars.items()]).encode()).hexdigest()[:16]
     clusters_file = os.path.join(args.run, "clusters.safetensors")
-    if os.path.exists(clusters_file):
-        old = read_metadata(clusters_file)
+    folders = [os.path.join(args.run, "shards", str(k)) for k in [*range(K), "router"]]
+    old = read_metadata(clusters_file) if os.path.exists(clusters_file) else None
+    if old:
         if not isinstance(old["extractor"], dict):
             raise UserError(f"{clusters_file} is from an earlier version of this project, which named its features otherwise: use another --run")
-        if old["inputs"] != inputs:
-            raise UserError(f"{args.run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another --run")
+        if not args.append and old["inputs"] != inputs:
+            raise UserError(f"{args.run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another --run, or --append to add new tars to it")
+        if not args.append and old.get("appended"):
+            raise UserError(f"{args.run} has had tars appended, its partition is whole: only --append changes it now")
+    elif args.append:
+        raise UserError(f"--append adds to a run that there is, but {clusters_file} is missing: leave --append out")
     elif glob.glob(os.path.join(glob.escape(args.run), "shards", "*", "*.tar")):
         raise UserError(f"{args.run}/shards holds a partition, but {clusters_file} is missing: delete {args.run}/shards to make it anew")
+    manifests = read_manifests(folders, old["fingerprint"] if old else "")
+    if args.append:
+        if lacking := [folder for folder, manifest in zip(folders, manifests) if not manifest["tars"]]:
+            raise UserError(f"{lacking[0]} has no manifest: --append needs the whole partition, as cluster.py left it")
+        check_names(tars, manifests)
 
     ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
     if ranks.rank == 0:
@@ -200,11 +304,11 @@ def main():
             for path in glob.glob(os.path.join(glob.escape(args.run), pattern)):
                 os.remove(path)
     barrier()
-    meant = old.get("networks") if os.path.exists(clusters_file) else space.info      # by the later stages, which use no others
-    if not os.path.exists(clusters_file):
+    meant = old.get("networks") if old else space.info      # by the later stages, which use no others
+    if not old:
         on_rank_0(space.name_weights)
     prepare, function, info = extractor(config.features, ranks.device)
-    if os.path.exists(clusters_file) and networks.identity(old["extractor"]) != networks.identity(info):
+    if old and networks.identity(old["extractor"]) != networks.identity(info):
         raise UserError(f"{clusters_file} was made with features of {networks.label(old['extractor'])}, now they would be of {networks.label(info)}: "
                         f"give that network (and --features.precision), or use another --run")
     names = list(tars)
@@ -219,48 +323,65 @@ def main():
 
     about = [read_metadata(features[name]) for name in names]
     counts = [a["images"] for a in about]
-    bad = sum((collections.Counter(a["bad"]) for a in about), collections.Counter())
-    if ranks.rank == 0:
-        print(f"{sum(counts)} images in {len(names)} tars" + "".join(f"; {n} skipped: {cause}" for cause, n in sorted(bad.items())), flush=True)
-    if os.path.exists(clusters_file):
+    check_skipped(args.run, names, about, config.data.max_bad, ranks)
+    if old:
         clusters = load_file(clusters_file)
+        clusters.pop("counts")
     else:
-        if not sum(counts):
-            raise UserError(f"no usable image for data.condition = {config.data.condition}: " + ", ".join(f"{cause}: {n}" for cause, n in bad.items()))
-        fine = min(config.cluster.fine, sum(counts) // 39)
+        fine = min(c.fine, sum(counts) // 39)
         if K > fine:
-            raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {config.cluster.fine}, at most a 39th "
+            raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {c.fine}, at most a 39th "
                             f"of the {sum(counts)} usable images): fewer --experts, or more data")
         clusters = broadcast(find_centroids([features[n] for n in names], counts, fine, config) if ranks.rank == 0 else None)
+        if c.balance:
+            sizes = np.zeros(fine, np.int64)
+            for name in mine:
+                sizes += np.bincount(nearest(load_file(features[name])["features"], clusters["fine_centroids"]), minlength=fine)
+            words = balance(clusters, sum_over_ranks(torch.from_numpy(sizes)).numpy(), c.balance)
+            if ranks.rank == 0:
+                print(words, flush=True)
     mark = fingerprint(clusters, config, info)
-    if os.path.exists(clusters_file) and (mark != old["fingerprint"] or len(clusters["coarse_centroids"]) != K):
+    if old and (mark != old["fingerprint"] or len(clusters["coarse_centroids"]) != K):
         raise UserError(f"{args.run}/config.toml has other [cluster] settings than {clusters_file} was made with: use another --run")
     sizes = np.zeros(K, np.int64)
     for name in mine:
         sizes += np.bincount(assign(load_file(features[name])["features"], name, clusters, config), minlength=K)
     sizes = sum_over_ranks(torch.from_numpy(sizes)).tolist()
-    if 0 in sizes:
+    if 0 in sizes and not args.append:
         raise UserError(f"cluster {sizes.index(0)} of {K} is empty: fewer --experts, or another --cluster.seed")
-    if ranks.rank == 0:     # only now: a call that failed above leaves no config behind that the next one would have to match
-        write_toml(config, os.path.join(args.run, "config.toml"))
+
+    def write_clusters(counts, tars, appended):
         with atomic(clusters_file) as temporary:
-            metadata = {"fingerprint": mark, "extractor": info, "seed": config.cluster.seed, "assign": config.cluster.assign, "inputs": inputs,
-                        "tars": len(tars), "networks": meant}
-            save_file(clusters | {"counts": np.array(sizes, np.int64)}, temporary, metadata={"nanoddm": json.dumps(metadata, sort_keys=True)})
+            metadata = {"fingerprint": mark, "extractor": info, "seed": c.seed, "assign": c.assign, "inputs": old["inputs"] if old else inputs,
+                        "tars": tars, "networks": meant} | ({"appended": appended} if appended else {})
+            save_file(clusters | {"counts": np.array(counts, np.int64)}, temporary, metadata={"nanoddm": json.dumps(metadata, sort_keys=True)})
+
+    if ranks.rank == 0 and not args.append:     # only now: a call that failed above leaves no config behind that the next one would have to match
+        write_toml(config, os.path.join(args.run, "config.toml"))
+        write_clusters(sizes, len(tars), 0)
     barrier()
 
-    router = subset(sum(counts), config.cluster.router_images, config.cluster.seed, 2)
+    # the router's subset is uniform; what is appended keeps its share
+    there = [sum(entry["samples"] for file, entry in manifest["tars"].items() if file[:-4] not in tars) for manifest in manifests]
+    size, seeds = (round(sum(counts) * there[-1] / sum(there[:-1])), (c.seed, 2, int(inputs, 16))) if args.append else (c.router_images, (c.seed, 2))
+    router = subset(sum(counts), size, *seeds)
     first = dict(zip(names, np.cumsum([0, *counts]).tolist()))
+    parts = {}
     for name, n in progress([(name, n) for name, n in zip(names, counts) if name in mine], desc="partition, tars"):
         part = router[np.searchsorted(router, first[name]):np.searchsorted(router, first[name] + n)] - first[name]
-        partition(tars[name], name, args.run, features[name], clusters, part, config)
-    barrier()
+        parts[name] = partition(tars[name], name, folders, manifests, features[name], clusters, part, config)
+    parts = gather(parts)
     if ranks.rank == 0:
+        write_manifests(folders, manifests, mark, {name: entries for of_rank in parts for name, entries in of_rank.items()})
+        *sizes, in_router = [sum(entry["samples"] for entry in manifest["tars"].values()) for manifest in manifests]
+        if args.append:
+            every = len(manifests[0]["tars"])
+            write_clusters(sizes, every, old.get("appended", 0) + every - old["tars"])
         contact_sheet(args.run, sizes)
         print(f"\ncluster   images   share      fingerprint {mark}")
         for k, n in enumerate(sizes):
             print(f"{k:7d} {n:8d}   {n / sum(sizes):5.1%}   {'#' * round(50 * n / max(sizes))}")
-        print(f"router  {len(router):8d}")
+        print(f"router  {in_router:8d}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ shows them in use. On the command line a key is `--table.key VALUE`. Nothing is 
 import argparse
 import contextlib
 import difflib
+import errno
 import json
 import math
 import os
@@ -35,7 +36,7 @@ CONFIG = {
         "flip": (True, "mirror half of the pictures"),
         "run": (1, "consecutive samples read together; 1 is the exact shuffle, larger suits network file systems"),
         "workers": (-1, "decoding processes a rank; 0: none, -1: the cores left over, at most 8"),
-        "max_bad": (0.1, "share of unreadable samples above which training stops"),
+        "max_bad": (0.01, "share of samples that cannot be used above which a stage stops (also --max-bad 1%)"),
         "cached": (True, "train on RUN/latents where pretrained.py has made them; false: encode pictures on the fly"),
     },
     "features": {
@@ -49,6 +50,7 @@ CONFIG = {
         "fine": (1024, "fine centroids, at most a 39th of the images"),
         "assign": ("coarse", "an image's cluster: of the nearest coarse centroid, of the nearest fine one, or random (a control)",
                    ("coarse", "fine", "random")),
+        "balance": (0.0, "largest share of the images that a cluster may have; whole fine clusters are moved, so assign = fine (0: as it comes)"),
         "seed": (0, "seed of k-means, of the random assignment and of the router's subset"),
         "router_images": (2_000_000, "images that the router trains on, at most"),
     },
@@ -102,6 +104,10 @@ CONFIG = {
         "export": ("fp32", "dtype of the exported weights", ("fp32", "bf16")),
         "seed": (0, "seed of the initial weights, the order of the data and the noise"),
         "save_every": (1000, "steps between checkpoints"),
+        "keep": (2, "checkpoints that are kept, the newest"),
+        "keep_every": (0, "and those of steps that are a multiple of this (0: none)"),
+        "max_nonfinite": (10, "steps in a row with a gradient that is not finite, after which training stops; each is skipped"),
+        "timeout": (1800, "seconds without a step after which a rank that hangs, or waits for one that does, ends the run (0: never)"),
         "sample_every": (1000, "steps between sample grids of an expert (0: none but the last)"),
         "log_every": (50, "steps between rows of the log"),
     },
@@ -142,7 +148,7 @@ CONFIG["train.student"]["micro_batch"] = (0, "images a forward pass, all of one 
 # the least value of a number, where it is not 0
 LEAST = {"data.size": 1, "data.classes": 1, "data.run": 1, "data.workers": -1, "features.batch": 1, "cluster.experts": 1, "cluster.fine": 1,
          "cluster.router_images": 1, "text.length": 1, "text.vocab": 2, "flow.shift": 0.01, "train.steps": 1, "train.batch": 1,
-         "train.log_every": 1, "train.save_every": 1, "train.router.steps": 0, "train.student.batch": 0, "sample.steps": 1, "sample.router_temperature": 1e-6,
+         "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.max_nonfinite": 1, "train.router.steps": 0, "train.student.batch": 0, "sample.steps": 1, "sample.router_temperature": 1e-6,
          "sample.route_every": 1, "plan.gpus": 1, "plan.mfu": 0.001}
 UMASK = os.umask(0)     # there is no other way to read it, and threads must not do it beside each other
 os.umask(UMASK)
@@ -171,6 +177,11 @@ def script(main):
         if not rank_0:
             time.sleep(3)       # torchrun ends all ranks when the first has gone: let rank 0 speak first
         sys.exit(2)
+    except OSError as error:        # a full disk is no mistake in a program
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {error}: make room, and run the same command to go on", file=sys.stderr, flush=True)
+        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -190,7 +201,10 @@ def _checked(name, value, entry):
         default = CONFIG["train"][name.rsplit(".", 1)[1]][0]
     if isinstance(value, str) and not isinstance(default, str):     # from the command line
         try:
-            value = {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)
+            if isinstance(default, float) and value.endswith("%"):
+                value = float(value[:-1]) / 100
+            else:
+                value = {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)
         except (KeyError, ValueError):
             raise UserError(f"{name} = {value!r} is not {KINDS[type(default)]}") from None
     if isinstance(default, float) and type(value) is int:
@@ -210,7 +224,7 @@ def read_toml(path):
     try:
         with open(path, "rb") as f:
             tables = tomllib.load(f)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:      # not UTF-8, not TOML, nested to death
         raise UserError(f"cannot read config {path}: {error}") from None
     values = {}
 
@@ -322,6 +336,18 @@ def read_clusters(run):
         raise UserError(f"cannot read {path} ({error}): make it with cluster.py --run {run} --data ...") from None
 
 
+def read_manifest(folder):
+    """What RUN/shards/K/manifest.json says: {fingerprint, shard, tars: {NAME.tar: {samples, bytes, sha256, source (bytes of the input tar)}}}."""
+    path = os.path.join(folder, "manifest.json")
+    try:
+        with open(path) as f:
+            manifest = json.load(f)
+        manifest["fingerprint"], manifest["tars"].items()
+        return manifest
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path} ({error or type(error).__name__}): copy the folder whole, or make it with cluster.py") from None
+
+
 # ---- ranks and devices --------------------------------------------------------------------------------------------
 
 def cores():
@@ -425,15 +451,27 @@ def progress(iterable=None, **options):
     return tqdm(iterable, **options)
 
 
+def sync(path):
+    """What has been written to a file, or which names a folder holds, survives a loss of power from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic(path):
-    """Yields a name beside `path` to write to; renames it into place at the end, so that no half-written file is ever seen."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    """Yields a name beside `path` to write to; renames it into place at the end, so that no half-written file is ever seen, even after a loss of power."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~UMASK)     # safetensors would make its files private
+        sync(temporary)
         os.replace(temporary, path)
+        sync(folder)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

@@ -16,6 +16,7 @@ import bisect
 import collections
 import functools
 import glob
+import hashlib
 import io
 import itertools
 import math
@@ -23,6 +24,7 @@ import os
 import re
 import sys
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -35,10 +37,28 @@ from common import UserError, atomic, cores, make_parser, parse, progress, scrip
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp")
 ROLES = ("image", "txt", "cls", "cluster", "lat", "tok")        # the members of a sample that training reads
 INDEX_VERSION = 2
+RETRY = (1, 5, 30)      # seconds until a failed read is tried again
+LIMITS = {"image": 1 << 28, "txt": 1 << 20, "cls": 64, "cluster": 64}      # bytes of a member, looked at before it is read; of others 1 GB
 
 
 class BadSample(Exception):
     """A sample that cannot be used; the message is the cause."""
+
+
+def read_patiently(read):
+    """read(), tried again if it fails, as a network file system may for a while. BadSample if it stays so."""
+    for wait in (*RETRY, None):
+        try:
+            return read()
+        except OSError as error:
+            if wait is None:
+                raise BadSample(f"unreadable ({type(error).__name__})") from None
+            time.sleep(wait)
+
+
+def check_size(role, size):
+    if size > LIMITS.get(role, 1 << 30):
+        raise BadSample(f"{role} too large")
 
 
 # ---- tars ---------------------------------------------------------------------------------------------------------
@@ -52,22 +72,28 @@ class Sample:
 
 
 def scan_tar(path):
-    """Yields the Samples of a tar in its order, reading headers only. A tar that is cut short gives its whole samples and a warning."""
-    sample, torn = None, "it does not end as a tar does"
+    """Yields the Samples of a tar in its order, reading headers only. A tar that is cut short, or damaged, gives its whole samples before that and a warning.
+
+    A second member of the same name begins another sample. Nothing is ever extracted: names are names, not paths.
+    """
+    sample, torn, names = None, "it does not end as a tar does", set()
     size = os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []        # tarfile would keep them all
+                if member.size < 0 or tar.offset <= member.offset:      # it would read in circles
+                    raise tarfile.ReadError("a member has an impossible size")
                 if not member.isfile():
                     continue
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
                 key, extension = os.path.join(folder, stem), extension.lower()
-                if sample is None or sample.key != key:
+                if sample is None or sample.key != key or extension in names:
                     if sample is not None:
                         yield sample
-                    sample = Sample(key, start=member.offset)
+                    sample, names = Sample(key, start=member.offset), set()
+                names.add(extension)
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("a member is cut off")
                 sample.members["image" if extension in IMAGE_TYPES else extension] = (member.offset_data, member.size)
@@ -75,8 +101,8 @@ def scan_tar(path):
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512).count(0) == 512:
                 torn = ""
-    except (tarfile.TarError, OSError) as error:
-        torn = str(error)
+    except Exception as error:      # tarfile raises more than its own kinds on a hostile header
+        torn = str(error) or type(error).__name__
     if torn:    # the last sample may lack members: not whole
         print(f"warning: {path}: {torn}; its whole samples are used", file=sys.stderr)
     elif sample is not None:
@@ -104,14 +130,19 @@ class TarWriter:
         self._atomic = atomic(path)
 
     def __enter__(self):
-        self.file = open(self._atomic.__enter__(), "wb")
+        self.file, self.digest, self.bytes = open(self._atomic.__enter__(), "wb"), hashlib.sha256(), 0
         return self
 
     def __exit__(self, *error):
         if error[0] is None:
-            self.file.write(bytes(1024))    # a tar ends in two empty blocks
+            self._write(bytes(1024))    # a tar ends in two empty blocks
         self.file.close()
         self._atomic.__exit__(*error)
+
+    def _write(self, blocks):
+        self.file.write(blocks)
+        self.digest.update(blocks)
+        self.bytes += len(blocks)
 
     def add(self, name, payload):
         info = tarfile.TarInfo(name)
@@ -120,7 +151,7 @@ class TarWriter:
 
     def add_raw(self, blocks):
         """Headers and payloads copied from another tar."""
-        self.file.write(blocks + bytes(-len(blocks) % 512))
+        self._write(blocks + bytes(-len(blocks) % 512))
 
 
 def index_tar(path, mapped=True):
@@ -195,19 +226,21 @@ def check_condition(members, condition, classes=0):
 
 
 def usable(path, prepare, least, settings, bad):
-    """Yields (Sample, {extension: payload}, condition, prepare(image)) of a tar's usable samples, in its order; counts the others' causes in bad.
+    """Yields (Sample, {extension: payload}, condition, prepare(image)) of a tar's usable samples, in its order; appends (key, cause) of the others to bad.
 
     Threads decode ahead: Pillow lets go of the interpreter meanwhile. least: as in decode; settings: the config's [data].
     """
     def read(sample):
-        members = {role: os.pread(fd, size, offset) for role, (offset, size) in sample.members.items()}
         try:
+            for role, (_, size) in sample.members.items():
+                check_size(role, size)
+            members = {role: read_patiently(lambda: os.pread(fd, size, offset)) for role, (offset, size) in sample.members.items()}
             condition = check_condition(members, settings.condition, settings.classes)
             if "image" not in members:
                 raise BadSample("no image")
             return sample, members, condition, prepare(decode(members["image"], least))
         except BadSample as error:
-            return str(error)
+            return sample.key, str(error)
 
     threads = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     fd, samples, ahead = os.open(path, os.O_RDONLY), scan_tar(path), collections.deque()
@@ -218,8 +251,8 @@ def usable(path, prepare, least, settings, bad):
                 if not ahead:
                     return
                 found = ahead.popleft().result()
-                if isinstance(found, str):
-                    bad[found] += 1
+                if len(found) == 2:
+                    bad.append(found)
                 else:
                     yield found
     finally:
@@ -295,7 +328,7 @@ class TarDataset(torch.utils.data.Dataset):
         u, drop  float32                uniform on (0,1): the time, and whether to drop the condition
         eps      noise_shape float32    N(0, I)
         post     noise_shape float32    N(0, I), for pictures: to draw from the posterior once they are encoded (if posterior)
-        bad      list of str            the samples that could not be read and which this one replaces
+        bad      list of (tar, name, cause), the samples that could not be used and which this one replaces
     """
 
     def __init__(self, tars, size, condition="none", encode=to_tensor, classes=0, seed=0, crop="center", flip=False, run=1,
@@ -306,6 +339,7 @@ class TarDataset(torch.utils.data.Dataset):
         self.index = [index_tar(path, len(self.tars) < 50_000) for path in self.tars]       # Linux maps 65,530 files a process
         self.ends = np.cumsum([len(rows) for rows in self.index]).tolist()
         self.files = collections.OrderedDict()      # open tars, the latest last
+        self.lost = set()                           # tars that have gone
         self.rng = torch.Generator()                # seeded anew for each sample
 
     def __len__(self):
@@ -323,17 +357,47 @@ class TarDataset(torch.utils.data.Dataset):
         return (p + mix(self.seed, epoch)) % n
 
     def _read(self, tar, offset, size):
-        if tar not in self.files:
-            self.files[tar] = os.open(self.tars[tar], os.O_RDONLY)
-            if len(self.files) > 128:
-                os.close(self.files.popitem(last=False)[1])
-        self.files.move_to_end(tar)
-        return os.pread(self.files[tar], size, offset)
+        """Bytes of a tar. A network file system may fail once, or for a while: tried again. BadSample if it stays so, or if the tar ends before."""
+        def read():
+            try:
+                if tar not in self.files:
+                    self.files[tar] = os.open(self.tars[tar], os.O_RDONLY)
+                    if len(self.files) > 128:
+                        os.close(self.files.popitem(last=False)[1])
+                self.files.move_to_end(tar)
+                return os.pread(self.files[tar], size, offset)
+            except OSError:
+                if tar in self.files:
+                    os.close(self.files.pop(tar))       # opened anew
+                if tar in self.lost:
+                    raise BadSample("unreadable (still)") from None     # waited for once
+                raise
+
+        try:
+            payload = read_patiently(read)
+        except BadSample:
+            self.lost.add(tar)
+            raise
+        self.lost.discard(tar)
+        if len(payload) < size:
+            raise BadSample("cut off")
+        return payload
+
+    def name(self, number):
+        """The name of sample `number` as its tar has it, for reports; empty where it cannot be read."""
+        tar = bisect.bisect_right(self.ends, number)
+        offsets = [place for place in self.index[tar][number - (self.ends[tar - 1] if tar else 0)][::2].tolist() if place >= 0]
+        try:
+            return tarfile.TarInfo.frombuf(self._read(tar, min(offsets) - 512, 512), "utf-8", "replace").name.partition(".")[0]
+        except (BadSample, tarfile.TarError, ValueError):
+            return ""
 
     def members(self, number):
         """The payloads of sample `number`: {role: bytes}."""
         tar = bisect.bisect_right(self.ends, number)
         row = self.index[tar][number - (self.ends[tar - 1] if tar else 0)].reshape(-1, 2).tolist()
+        for role, (_, size) in zip(ROLES, row):
+            check_size(role, size)
         return {role: self._read(tar, *place) for role, place in zip(ROLES, row) if place[0] >= 0}
 
     def sample(self, number):
@@ -358,7 +422,10 @@ class TarDataset(torch.utils.data.Dataset):
             return decode(members["image"], self.size), condition, int(members.get("cluster", -1))
         if len(members["lat"]) != 2 * math.prod(self.latent):
             raise BadSample(f"{len(members['lat'])} bytes of latents")
-        return torch.frombuffer(bytearray(members["lat"]), dtype=torch.float16).view(self.latent), condition, int(members.get("cluster", -1))
+        latents = torch.frombuffer(bytearray(members["lat"]), dtype=torch.float16).view(self.latent)
+        if not math.isfinite(latents.sum(dtype=torch.float32)):
+            raise BadSample("latents that are not finite")
+        return latents, condition, int(members.get("cluster", -1))
 
     def __getitem__(self, position):
         bad, number = [], self.order(position)
@@ -367,9 +434,9 @@ class TarDataset(torch.utils.data.Dataset):
                 image, condition, cluster = self.sample(number)
                 break
             except BadSample as error:
-                bad.append(f"{self.tars[bisect.bisect_right(self.ends, number)]}: sample {number}: {error}")
+                bad.append((self.tars[bisect.bisect_right(self.ends, number)], self.name(number) or f"sample {number}", str(error)))
             if len(bad) > 100:
-                raise UserError(f"a hundred samples in a row cannot be used, the last: {bad[-1]}")
+                raise UserError(f"a hundred samples in a row cannot be used, the last: {': '.join(bad[-1])}")
             number = mix(self.seed, position, len(bad)) % len(self)
         # All that is random about a training sample, always drawn in this order: it depends on nothing but (seed, position).
         # (torch draws normal numbers twice as fast as numpy does, and they are most of the work on a sample of latents. Its generator takes 32 bits

@@ -97,7 +97,7 @@ def main():
     if batch % ranks.world or share % micro:
         raise UserError(f"a batch of {batch} on {ranks.world} ranks is {batch / ranks.world:g} each, which must be a multiple of the micro-batch of one "
                         f"cluster, {micro}: change --train.batch or --train.micro_batch")
-    parts, space = training.open_shards(args.run, [str(k) for k in range(K)], config, train, ranks, clusters, apart=True)
+    parts, space = training.open_shards(args.run, [str(k) for k in range(K)], config, train, ranks, clusters, apart=True, verify=args.verify)
     data = ByCluster(parts, micro, train.steps * batch // micro)
     if config.autoencoder.name:
         on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures: missed now, not after hours

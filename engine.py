@@ -8,17 +8,20 @@
 Replicated (DDP), each GPU holds all the weights, 20 bytes a parameter with gradients, AdamW's moments and the average; sharded (FSDP2,
 `fully_shard`), 1/world of them, and each block is gathered when it is needed. plan.py says beforehand which of them fits.
 """
+import contextlib
 import functools
 import glob
 import json
 import os
 import shutil
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -27,11 +30,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import model as models
 import networks
 import plan
-from common import UserError, atomic, barrier, differences, flat, gather, sum_over_ranks
+from common import UserError, atomic, barrier, broadcast, differences, flat, gather, sum_over_ranks, sync
 
 BINS = 5            # of t in [0,1], in the log
-KEEP = 2            # checkpoints
-FINISHED, UNFINISHED = "finished", "to be continued"
+SHOWN = 6           # where in the sums the bins begin
+FINISHED, UNFINISHED, FAILED = "finished", "to be continued", "failed"
 
 
 # ---- blocks: activation checkpointing and compilation -----------------------------------------------------------------
@@ -63,6 +66,17 @@ def local(tensor):
     """A rank's part of a weight."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def dispensable(what, last=False):
+    """Training goes on, with a warning, where this cannot be written: the disk is full. The last time it is a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if last:
+            raise UserError(f"{what} could not be written ({error}): make room, and run the same command again", local=True) from None
+        print(f"warning: {what} could not be written ({error}), and training goes on", file=sys.stderr, flush=True)
 
 
 # ---- state --------------------------------------------------------------------------------------------------------
@@ -97,11 +111,16 @@ class State:
         self.identity |= {"train.seed": train.seed, "train.batch": train.batch, **identity}
         self.identity |= {role: networks.identity(info) for role, info in space.info.items()}
         self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
-        self.step, self.seconds, self.device_seconds, self.bad, self.warned = 0, 0.0, 0.0, 0, 0
+        self.step, self.seconds, self.device_seconds, self.bad, self.warned, self.reported = 0, 0.0, 0.0, 0, 0, 0
+        self.skipped = []       # samples that could not be used since the last row of the log: (step, tar, name, cause)
         self.saving = None      # the checkpoint that is being written: (step, future)
         self.publisher = ThreadPoolExecutor(1)
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None      # it talks while training does
-        newest = self._read_newest()
+        newest = broadcast(self._read_newest() if ranks.rank == 0 else None)
+        self.resumed = bool(newest)
+        if newest and newest[1]["identity"] != self.identity:
+            raise UserError(f"{newest[0]} was made with other settings (there / now: {differences(newest[1]['identity'], self.identity)}): "
+                            f"use those, or delete {self.folder} to start anew")
         self.bf16 = train.precision == "bf16" or train.precision == "auto" and ranks.device.type == "cuda"
         self.sharded, self.choice = plan.choose_parallel(model_config, train, ranks, batch // ranks.world, self.bf16, beside)
         self._build(model_config, initial, newest)
@@ -132,8 +151,10 @@ class State:
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         # fused: one kernel over all weights
         self.optimizer = torch.optim.AdamW(self.model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
-        # since the last row of the log: loss, images, gradient norms, steps, bad samples; then by bin of t: what is shown, images
-        self.sums = torch.zeros(5 + 2 * BINS, dtype=torch.float64, device=ranks.device)
+        # since the last row of the log: loss, images, gradient norms, steps, samples that could not be used, the largest norm; then by bin of t: what is
+        # shown, images
+        self.sums = torch.zeros(SHOWN + 2 * BINS, dtype=torch.float64, device=ranks.device)
+        self.nonfinite = torch.zeros(2, device=ranks.device)        # steps that were skipped: in a row, and in all
         self.wrapped = self.model
         if ranks.world > 1 and not self.sharded:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -147,14 +168,22 @@ class State:
             self.wrapped.require_backward_grad_sync = now
 
     def update(self):
-        """Clips, steps AdamW, moves the average: ema <- d ema + (1 - d) weights, with d = min(ema, (1 + n) / (10 + n)). -> the gradient's norm."""
+        """Clips, steps AdamW, moves the average: ema <- d ema + (1 - d) weights, with d = min(ema, (1 + n) / (10 + n)). -> the gradient's norm.
+
+        Without a finite norm, which is all ranks' alike, weights and optimiser stay as they are. It is the optimiser's kernel that looks, as it does for
+        torch.amp's scaler, so that nobody waits for the GPU here.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
+        self.nonfinite[0] = (self.nonfinite[0] + 1) * self.optimizer.found_inf
+        self.nonfinite[1] += self.optimizer.found_inf
         self.optimizer.zero_grad(set_to_none=self.wrapped is self.model)        # DDP's gradients are views of its buckets: without them there would be two
         self.step += 1
         decay = min(self.train.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_([local(e) for e in self.ema.values()], [local(p) for p in self.model.parameters()], 1 - decay)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm
 
     @torch.no_grad()
     def swap_average(self):
@@ -176,19 +205,19 @@ class State:
         return sorted(f for f in glob.glob(os.path.join(glob.escape(self.folder), "step-*")) if f[-1].isdigit())
 
     def _read_newest(self):
-        """-> (folder, what its state.json says) of the newest checkpoint, if there is one. UserError if it is of another training."""
-        newest = self.checkpoints()[-1:]
-        self.resumed = bool(newest)
-        if not newest:
-            return None
-        with open(os.path.join(newest[0], "state.json")) as f:
-            state = json.load(f)
-        for key, before in (("flow.path", "linear"), ("model.double", 0)):      # checkpoints from before there was a choice
-            state["identity"].setdefault(key, before)
-        if state["identity"] != self.identity:
-            raise UserError(f"{newest[0]} was made with other settings (there / now: {differences(state['identity'], self.identity)}): "
-                            f"use those, or delete {self.folder} to start anew")
-        return newest[0], state
+        """-> (folder, what its state.json says) of the newest checkpoint that is whole, if there is one; a damaged one is named and passed over."""
+        for folder in reversed(self.checkpoints()):
+            try:
+                with open(os.path.join(folder, "state.json")) as f:
+                    state = json.load(f)
+                if damaged := [name for name, size in state.get("files", {}).items() if os.path.getsize(os.path.join(folder, name)) != size]:
+                    raise ValueError(f"{damaged[0]} has another size")
+            except (OSError, ValueError) as error:
+                print(f"warning: {folder} is damaged ({error}): the one before is used", file=sys.stderr, flush=True)
+                continue
+            for key, before in (("flow.path", "linear"), ("model.double", 0)):      # checkpoints from before there was a choice
+                state["identity"].setdefault(key, before)
+            return folder, state
 
     @quiet
     def _load(self, folder, state):
@@ -199,6 +228,9 @@ class State:
             self.sums.zero_()       # they were summed over the ranks
         self.step, self.seconds, self.bad = state["step"], state["seconds"], state["bad"]
         self.device_seconds = state.get("device_seconds", 0.0)      # checkpoints from before they were counted
+        self.nonfinite[1] = self.reported = state.get("nonfinite", 0)
+        if self.ranks.rank == 0:
+            self.skipped = [tuple(row) for row in state.get("skipped", [])]
 
     @quiet
     def save(self, status):
@@ -207,40 +239,56 @@ class State:
         place = os.path.join(self.folder, f"step-{self.step:08d}")
         tensors = self._tensors()
         tensors["sums"] = sum_over_ranks(self.sums.clone())
+        skipped = sum(gather(self.skipped), [])
         if self.ranks.rank == 0:
             for torn in glob.glob(os.path.join(glob.escape(self.folder), "step-*.tmp")):     # of a run that was killed here
-                shutil.rmtree(torn)
+                shutil.rmtree(torn, ignore_errors=True)
         barrier()
         future = dcp.async_save(tensors, checkpoint_id=f"{place}.tmp", process_group=self.group, no_dist=not dist.is_initialized())
         if self.ranks.rank == 0:
-            state = {"step": self.step, "seconds": self.seconds, "device_seconds": self.device_seconds, "bad": self.bad, "identity": self.identity}
+            state = {"step": self.step, "seconds": self.seconds, "device_seconds": self.device_seconds, "bad": self.bad,
+                     "nonfinite": int(self.nonfinite[1]), "skipped": skipped, "identity": self.identity}
             future = self.publisher.submit(self._publish, place, state, status, future)
         self.saving = self.step, future
 
     def _publish(self, place, state, status, future):
-        """Rank 0, once all ranks have written: gives a checkpoint its name, marks how far training is, drops the oldest."""
-        future.result()
-        with open(os.path.join(f"{place}.tmp", "state.json"), "w") as f:
-            json.dump(state, f, indent=1)
-        shutil.rmtree(place, ignore_errors=True)
-        os.rename(f"{place}.tmp", place)
-        for old in self.checkpoints()[:-KEEP]:
-            shutil.rmtree(old)
-        self.mark(status, state["step"])
+        """Rank 0, once all ranks have written: gives a checkpoint its name, marks how far training is, drops those that are not to be kept.
 
-    def finish_saving(self):
-        """Waits until the last checkpoint is on disk. UserError if it could not be written."""
+        In this order, each on the disk (torch syncs its files) before the next, so that whenever power fails there is a whole one to go on from.
+        """
+        future.result()
+        state["files"] = {name: os.path.getsize(os.path.join(f"{place}.tmp", name)) for name in sorted(os.listdir(f"{place}.tmp"))}
+        with atomic(os.path.join(f"{place}.tmp", "state.json")) as temporary, open(temporary, "w") as f:
+            json.dump(state, f, indent=1)
+        if os.path.exists(place):       # a damaged one that was passed over
+            shutil.rmtree(place)
+        os.rename(f"{place}.tmp", place)
+        sync(self.folder)
+        self.mark(status, state["step"])
+        for old in self.checkpoints()[:-self.train.keep]:
+            if not self.train.keep_every or int(old[-8:]) % self.train.keep_every:
+                os.rename(old, f"{old}.tmp")        # half deleted, it is no checkpoint any more
+                shutil.rmtree(f"{old}.tmp")
+
+    def finish_saving(self, last=False):
+        """Waits until the last checkpoint is on disk. If it could not be written, all ranks go on and say so, or, if it was to be the last, end with a UserError."""
         if self.saving:
             (step, future), self.saving, why = self.saving, None, ""
             try:
                 future.result()
             except (Exception, dcp.api.CheckpointException) as error:       # the latter is torch's, of a rank that failed, and no Exception
                 why = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            if why := next(filter(None, gather(why)), ""):      # all ranks end, or none
-                raise UserError(f"{self.name}: the checkpoint of step {step} could not be written ({why}); is the disk full? The former one is kept")
+            if why := next(filter(None, gather(why)), ""):
+                why = f"{self.name}: the checkpoint of step {step} could not be written ({why}); is the disk full? The former one is kept"
+                if self.ranks.rank == 0:
+                    shutil.rmtree(os.path.join(self.folder, f"step-{step:08d}.tmp"), ignore_errors=True)       # makes room
+                if last:
+                    raise UserError(why)
+                if self.ranks.rank == 0:
+                    print(f"warning: {why}, and training goes on", file=sys.stderr, flush=True)
 
     def mark(self, status, step):
-        """Tells a scheduler's script whether this training is finished."""
+        """Tells a scheduler's script how it stands: finished, to be continued (the same command goes on), or failed (it would fail again)."""
         with atomic(os.path.join(self.folder, "status")) as temporary, open(temporary, "w") as f:
             f.write(f"{status} {step}\n")
 
@@ -252,6 +300,6 @@ class State:
             if self.ranks.rank == 0:
                 weights[name] = whole.cpu()
         if self.ranks.rank == 0:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.train.export]
-            models.save(path, self.model.config, weights, dtype, step=self.step, images=images, flops=self.image_flops * images, **info)
+            with dispensable(path, last=self.step == self.train.steps):
+                models.save(path, self.model.config, weights, dtype, step=self.step, images=images, flops=self.image_flops * images, **info)

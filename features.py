@@ -102,8 +102,8 @@ class _Prepared(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         number, size = self.numbers[i], self.data.size
-        members = self.data.members(number)
         try:
+            members = self.data.members(number)
             check_condition(members, self.data.condition, self.data.classes)
             if "image" not in members:
                 raise BadSample("no image")

@@ -437,9 +437,16 @@ def save(path, config, state, dtype=torch.float32, /, **info):
     """
     text = json.dumps({"model": asdict(config), **info}, sort_keys=True)
     temporary = f"{path}.{os.getpid()}.tmp"
-    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, temporary, metadata={"nanoddm": text})
-    os.chmod(temporary, 0o666 & ~UMASK)     # safetensors would make it private
-    os.replace(temporary, path)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, temporary, metadata={"nanoddm": text})
+        os.chmod(temporary, 0o666 & ~UMASK)     # safetensors would make it private
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())        # before it has its name: power may fail
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def read_info(path):

@@ -186,12 +186,12 @@ def _tars(folder):
 
 def cache_tar(source, target, space, about, bad, bar):
     """Writes one tar of latents; counts the causes of unusable samples in bad. -> number of samples."""
-    size, shape, count = space.config.data.size, about["shapes"][0], 0
+    size, shape, count, unusable = space.config.data.size, about["shapes"][0], 0, []
 
     def crops(image):
         return np.stack([square(image, size, mirror=mirror) for mirror in (False, True)[:shape[0]]])        # [flips,S,S,3]
 
-    samples = usable(source, crops, size, space.config.data, bad)
+    samples = usable(source, crops, size, space.config.data, unusable)
     with TarWriter(target) as tar:
         while part := list(itertools.islice(samples, BATCH)):
             x = torch.from_numpy(np.concatenate([pictures for *_, pictures in part])).to(space.device)
@@ -207,13 +207,14 @@ def cache_tar(source, target, space, about, bad, bar):
                         tar.add(f"{sample.key}.{extension}", payload)
             count += len(part)
             bar.update(len(part))
+    bad.update(cause for _, cause in unusable)
     return count
 
 
 def estimate(source, space, about):
     """Bytes that a sample takes in the cache: latents exactly, captions and other members by the mean over the first samples of a tar."""
     in_tar = lambda size: 512 + -(-size // 512) * 512
-    first = list(itertools.islice(usable(source, lambda image: None, 1, space.config.data, collections.Counter()), BATCH))
+    first = list(itertools.islice(usable(source, lambda image: None, 1, space.config.data, []), BATCH))
     latents, captions = in_tar(2 * math.prod(about["shapes"][0])), 0.0
     if about["text"]["name"] and first:
         tokens = space.captions([caption for _, _, caption, _ in first]).any(2).sum(1).tolist()

@@ -44,7 +44,7 @@ def main():
         raise UserError(f"the monolith needs all {K} shards, {args.run}/shards has {', '.join(there) or 'none'}")
 
     ranks = start(args.device)
-    data, space = training.open_shards(args.run, there if args.shard == "all" else [args.shard], config, train, ranks, clusters)
+    data, space = training.open_shards(args.run, there if args.shard == "all" else [args.shard], config, train, ranks, clusters, verify=args.verify)
     if space.config.autoencoder.name:
         on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
     state = engine.State(args.run, name, training.model_config(config, "model", space), train, ranks, config, space, batch,

@@ -41,7 +41,7 @@ def main():
     clusters = read_clusters(args.run)
 
     ranks = start(args.device)
-    data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters, labelled=True)
+    data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters, labelled=True, verify=args.verify)
     state = engine.State(args.run, "router", set_steps(train, config, space), train, ranks, config, space, train.batch, clustering=clusters["fingerprint"], images=len(data))
     info = training.describe(config, space, clusters)
 

@@ -15,8 +15,11 @@ up to rounding, on any number of ranks and with any micro-batch, and a resumed r
 import atexit
 import contextlib
 import csv
+import faulthandler
 import functools
 import glob
+import hashlib
+import math
 import multiprocessing
 import os
 import resource
@@ -33,9 +36,9 @@ import model as models
 import networks
 import plan
 import pretrained
-from common import UserError, atomic, barrier, cores, progress, sum_over_ranks
+from common import UserError, atomic, barrier, cores, differences, gather, progress, sum_over_ranks
 from data import TarDataset, collate, index_tar, mix, picture_grid, to_tensor
-from engine import BINS, FINISHED, UNFINISHED
+from engine import BINS, FAILED, FINISHED, SHOWN, UNFINISHED, dispensable
 
 
 TIMING = ("images_per_s", "mfu", "wait", "memory_gb")       # columns of the log: MFU where the device's peak is known; share of the time spent waiting for data
@@ -48,6 +51,9 @@ def stage_parser(doc, tables):
     parser = common.make_parser(doc, [*tables, "plan"])
     parser.add_argument("--plan", nargs="?", const="", metavar="CONFIG", help="train nothing: say what this training needs of time and memory; "
                         "with a config file, before there is a run")
+    parser.add_argument("--verify", action="store_true", help="before the first step, compare the shards' SHA-256 with their manifest's (their names, sizes and "
+                        "clustering always are)")
+    parser.add_argument("--max-bad", dest="data.max_bad", metavar="SHARE", help="the same as --data.max_bad: 0.01 or 1%%")
     parser.add_argument("--profile", action="store_true", help="write torch's trace of three steps to RUN/logs/NAME.trace.json")
     return parser
 
@@ -99,10 +105,28 @@ def find_shards(run):
                    for k in os.listdir(os.path.join(run, part)) if k.isdigit()}, key=int)
 
 
-def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apart=False):
+def check_shard(folder, fingerprint, ranks, verify=False):
+    """UserError unless the tars of RUN/shards/K are those of its manifest, and of this clustering. verify: look at their contents, too; the ranks share the work."""
+    manifest = common.read_manifest(folder)
+    if manifest["fingerprint"] != fingerprint:
+        raise UserError(f"{folder} is of clustering {manifest['fingerprint']}, clusters.safetensors of {fingerprint}: take both from the same run")
+    there = {os.path.basename(path): os.path.getsize(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.tar"))}
+    meant = {name: entry["bytes"] for name, entry in manifest["tars"].items()}
+    if there != meant:
+        raise UserError(f"{folder} is not as its manifest says (bytes there / in the manifest: {differences(there, meant)}): copy it again")
+    damaged = []
+    for name in progress(sorted(there)[ranks.rank::ranks.world], desc="verifying, tars") if verify else []:
+        with open(os.path.join(folder, name), "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != manifest["tars"][name]["sha256"]:
+                damaged.append(name)
+    if verify and (damaged := sum(gather(damaged), [])):
+        raise UserError(f"{folder}: {', '.join(damaged)} is not what its SHA-256 in the manifest says: copy it again")
+
+
+def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apart=False, verify=False):
     """-> (the TarDataset of all tars of these shards, of their latents if all are cached, and the Space of the run's models).
 
-    clusters: what common.read_clusters says; labelled: each sample must say its cluster; apart: a list of a TarDataset for each shard.
+    clusters: what common.read_clusters says; labelled: each sample must say its cluster; apart: a list of a TarDataset for each shard; verify: as in check_shard.
     UserError if a shard is missing.
     """
     d = config.data
@@ -113,6 +137,10 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
     if missing := [folder for folder, tars in zip(folders, found) if not tars]:
         raise UserError(f"no tars in {', '.join(missing)}: copy them there, or make them with cluster.py"
                         + ("" if about or not config.autoencoder.name or not d.cached else "; latents are used where all shards have them"))
+    for k in shards:
+        folder = os.path.join(run, "shards", k)
+        if not about or verify and os.path.isdir(folder):
+            check_shard(folder, clusters["fingerprint"], ranks, verify)
     if ranks.rank == 0 and config.autoencoder.name:
         print(f"latents cached in {', '.join(folders)}" if about else "latents not cached: pictures are encoded at each step (pretrained.py caches them)")
     if ranks.rank == 0 and space.text_dim and not (about and about["text"]["name"]):
@@ -139,28 +167,52 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
 
 # ---- the log ------------------------------------------------------------------------------------------------------
 
-class Log:
-    """RUN/logs/NAME.csv, on rank 0. A resume drops the rows after the step that it resumes from."""
+class Table:
+    """A CSV file that grows while training does, on rank 0. A resume drops the rows after the step that it resumes from."""
 
-    def __init__(self, state, columns):
-        self.path = os.path.join(state.run, "logs", f"{state.name}.csv")
-        self.columns, self.bar = columns, None
-        if state.ranks.rank:
-            return
-        rows = []
-        if state.resumed and os.path.exists(self.path):
-            with open(self.path, newline="") as f:
-                rows = [row for row in csv.DictReader(f) if row["step"].isdigit() and int(row["step"]) <= state.step]
-        with atomic(self.path) as temporary, open(temporary, "w", newline="") as f:
+    def __init__(self, path, columns, state):
+        self.path, self.columns, self.rows = path, columns, []
+        if state.resumed and os.path.exists(path):
+            with open(path, newline="", errors="replace") as f:
+                self.rows = [row for row in csv.DictReader(f) if (row["step"] or "").isdigit() and int(row["step"]) <= state.step]
+        with atomic(path) as temporary, open(temporary, "w", newline="") as f:
             writer = csv.DictWriter(f, columns, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
+
+    def add(self, *rows):
+        self.rows = (self.rows + list(rows))[-1000:]
+        try:
+            with open(self.path, "a", newline="") as f:
+                csv.DictWriter(f, self.columns).writerows(rows)
+        except OSError as error:        # a full disk: the weights are worth more than the log
+            print(f"warning: {self.path}: {error}; rows are missing there, and training goes on", file=sys.stderr, flush=True)
+
+
+class Log:
+    """RUN/logs/NAME.csv and, of the samples that could not be used, RUN/logs/NAME.skipped.csv, on rank 0."""
+
+    def __init__(self, state, columns):
+        self.bar = None
+        if state.ranks.rank:
+            return
+        path = os.path.join(state.run, "logs", state.name)
+        self.name, self.table, self.columns = state.name, Table(f"{path}.csv", columns, state), columns
+        self.skipped = Table(f"{path}.skipped.csv", ["step", "tar", "sample", "cause"], state)
         self.bar = progress(desc=state.name, total=state.train.steps, initial=state.step)
+
+    def skip(self, rows):
+        if self.bar is not None:
+            self.skipped.add(*(dict(zip(self.skipped.columns, row)) for row in rows))
 
     def row(self, **values):
         if self.bar is not None:
-            with open(self.path, "a", newline="") as f:
-                csv.DictWriter(f, self.columns).writerow(values)
+            for key, of, times in (("loss", "loss", 1.5), ("norm_max", "grad_norm", 10)):
+                before = sorted(x for row in self.table.rows[-10:] if math.isfinite(x := float(row[of] or "nan")))
+                if len(before) >= 5 and float(values[key]) > times * (usual := before[len(before) // 2]):
+                    print(f"warning: {self.name}: a spike before step {values['step']}: {key} {float(values[key]):.4g}, where {of} of the rows before has a "
+                          f"median of {usual:.4g}", file=sys.stderr, flush=True)
+            self.table.add(values)
             by_t = [name for name in self.columns if name[-3:-1] == "_t"]
             self.bar.set_postfix_str(f"loss {values['loss']}, {by_t[0][:-3]} by t {' '.join(values[n][:5] or '-' for n in by_t)}, "
                                      f"{values['images_per_s']} images/s" + (f", MFU {float(values['mfu']):.0%}" if values["mfu"] else ""), refresh=False)
@@ -180,6 +232,8 @@ class _Step:
     def __init__(self, state, loader, space, micro_batches, share, autocast):
         self.state, self.loader, self.space, self.count, self.share, self.autocast = state, loader, space, micro_batches, share, autocast
         self.waited = 0.0       # seconds, for data
+        self.sums = torch.zeros_like(state.sums)
+        self.samples = []       # (t, loss) of each micro-batch, to say which of them were not finite
 
     def batches(self):
         """This rank's micro-batches of the step, on its device, as namespaces of x_0, c, k, u, drop and eps (data.py).
@@ -195,11 +249,12 @@ class _Step:
                 raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "), local=True) from None
             self.waited += time.perf_counter() - since
             self.state.sums[4] += len(batch["bad"])
-            for line in batch["bad"]:
+            for tar, name, cause in batch["bad"]:
+                self.state.skipped.append((self.state.step + 1, tar, name, cause))
                 self.state.warned += 1
                 if self.state.warned <= 20:
-                    print(f"warning: {line}; another takes its place" + (" (more are only counted)" if self.state.warned == 20 else ""),
-                          file=sys.stderr)
+                    print(f"warning: {tar}: {name}: {cause}; another takes its place"
+                          + (f" (more are only listed in logs/{self.state.name}.skipped.csv)" if self.state.warned == 20 else ""), file=sys.stderr)
             captions = batch.pop("c") if isinstance(batch["c"], list) else None
             batch = SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "bad"})
             batch.c = self.space.captions(captions) if captions else batch.c if batch.c.numel() else None      # condition = none
@@ -216,18 +271,27 @@ class _Step:
         (loss.sum() / self.share).backward()
         bins = (t * BINS).long().clamp(max=BINS - 1)
         shown = (loss if shown is None else shown).detach().double()
-        sums = self.state.sums
+        sums = self.sums
+        self.samples.append((t.detach(), loss.detach()))
         sums[0] += loss.detach().double().sum()
         sums[1] += len(loss)
-        sums[5:5 + BINS].index_add_(0, bins, shown)
-        sums[5 + BINS:].index_add_(0, bins, torch.ones_like(shown))
+        sums[SHOWN:SHOWN + BINS].index_add_(0, bins, shown)
+        sums[SHOWN + BINS:].index_add_(0, bins, torch.ones_like(shown))
 
     def update(self):
-        """Clips the gradient, steps AdamW, moves the average."""
-        norm = self.state.update()
+        """Clips the gradient, steps AdamW, moves the average; without a finite gradient it changes nothing, and the log counts nothing but that."""
+        norm, sums = self.state.update(), self.state.sums
         if self.state.ranks.rank == 0:
-            self.state.sums[2] += norm.double()
-            self.state.sums[3] += 1
+            self.sums[2] += norm.double()
+            self.sums[3] += 1
+            sums[5] = torch.where(norm.isfinite(), sums[5].maximum(norm.double()), sums[5])
+        sums += torch.where(norm.isfinite(), self.sums, 0)
+
+    def nonfinite(self, positions):
+        """What is known of a step without a finite gradient: the samples whose loss is not finite, as this rank sees them."""
+        t, loss = (torch.cat(parts).cpu() for parts in zip(*self.samples))
+        found = [(p, f"{float(t[i]):.4f}") for i, p in enumerate(positions) if i < len(t) and not loss[i].isfinite()]
+        return [f"position {p} (t = {x})" for p, x in found]
 
 
 def learning_rate(train, step):
@@ -313,12 +377,15 @@ def steps(state, data, space, config, shown, profile=False):
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
-    log = Log(state, ["step", "time", "device_hours", "loss", "lr", "grad_norm", *TIMING, "images", "flops", "bad"] + [f"{shown}_t{i}" for i in range(BINS)])
+    log = Log(state, ["step", "time", "device_hours", "loss", "lr", "grad_norm", "norm_max", *TIMING, "images", "flops", "bad", "nonfinite"]
+              + [f"{shown}_t{i}" for i in range(BINS)])
     state.model.train()
     since, images, waited = time.monotonic(), 0, 0.0
     profiler = _profiler(state) if profile and ranks.rank == 0 else contextlib.nullcontext()
-    with contextlib.closing(log), profiler:
+    with contextlib.closing(log), profiler, _ending(state):
         while state.step < train.steps:
+            if train.timeout:       # a thread of C, which no hanging call can hold up: it prints where all threads are, and ends the process
+                faulthandler.dump_traceback_later(train.timeout, exit=True, file=2)
             step = _Step(state, loader, space, count, batch / ranks.world, autocast)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr = learning_rate(train, state.step)
@@ -332,7 +399,10 @@ def steps(state, data, space, config, shown, profile=False):
             images, waited = images + batch, waited + step.waited
             if profile and ranks.rank == 0:
                 profiler.step()
-            if state.step % train.log_every == 0 or state.step == train.steps:
+            logging = state.step % train.log_every == 0 or state.step == train.steps
+            if logging or step.save or state.step % train.max_nonfinite == 0:
+                check_finite(state, step, sum(positions(state.step - 1, state.step, batch, ranks.rank, ranks.world, micro), []))
+            if logging:
                 total = sum_over_ranks(state.sums.clone()).tolist()
                 state.sums.zero_()
                 now = time.monotonic()
@@ -341,24 +411,58 @@ def steps(state, data, space, config, shown, profile=False):
                 timing = {"images_per_s": f"{images / seconds:.1f}", "wait": f"{waited / seconds:.4f}", "memory_gb": f"{_peak_memory(cuda) / 1e9:.2f}",
                           "mfu": f"{state.image_flops * images / (seconds * ranks.world * peak):.4f}" if peak else ""}
                 since, images, waited = now, 0, 0.0
+                if total[4]:
+                    log.skip(sum(gather(state.skipped), []))
+                    state.skipped = []
                 state.bad += int(total[4])
                 read = state.step * batch + state.bad
                 if state.bad > 10 and state.bad > config.data.max_bad * read:
                     raise UserError(f"{state.bad} of {read} samples could not be used, more than data.max_bad = {config.data.max_bad} of them: "
-                                    f"see the warnings above")
+                                    f"see logs/{state.name}.skipped.csv")
                 by_t = {f"{shown}_t{i}": f"{s / n:.5f}" if n else ""
-                        for i, (s, n) in enumerate(zip(total[5:5 + BINS], total[5 + BINS:]))}
-                log.row(step=state.step, time=f"{state.seconds:.1f}", device_hours=f"{state.device_seconds / 3600:.5f}", loss=f"{total[0] / total[1]:.6f}", lr=f"{lr:.3g}",
-                        grad_norm=f"{total[2] / total[3]:.5f}", images=state.step * batch, flops=state.image_flops * state.step * batch, bad=state.bad,
-                        **timing, **by_t)
+                        for i, (s, n) in enumerate(zip(total[SHOWN:SHOWN + BINS], total[SHOWN + BINS:]))}
+                loss, norm = (total[0] / total[1], total[2] / total[3]) if total[1] else (math.nan, math.nan)      # no step was finite
+                log.row(step=state.step, time=f"{state.seconds:.1f}", device_hours=f"{state.device_seconds / 3600:.5f}", loss=f"{loss:.6f}", lr=f"{lr:.3g}",
+                        grad_norm=f"{norm:.5f}", norm_max=f"{total[5]:.5f}", images=state.step * batch, flops=state.image_flops * state.step * batch, bad=state.bad,
+                        nonfinite=int(state.nonfinite[1]), **timing, **by_t)
             log.update()
             if step.save:
                 state.save(FINISHED if state.step == train.steps else UNFINISHED)
             if stopping:
                 break
-        state.finish_saving()
-        if state.step < train.steps and ranks.rank == 0:
+        state.finish_saving(last=True)
+    if state.step < train.steps:
+        if ranks.rank == 0:
             print(f"{state.name}: stopped by a signal, saved at step {state.step}; run the same command to go on", flush=True)
+        if "RANK" not in os.environ:        # torchrun would take it for a failure and start again; whoever started it reads the marker
+            sys.exit(128 + stop[0])
+
+
+@contextlib.contextmanager
+def _ending(state):
+    """A UserError, which the same command would meet again, marks the training as failed: a scheduler's script need not try."""
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):
+            state.mark(FAILED, state.step)
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def check_finite(state, step, positions):
+    """Says which steps were skipped. UserError after train.max_nonfinite in a row. positions: of this rank's samples in the last step."""
+    row, total = map(int, state.nonfinite.tolist())
+    if total > state.reported and state.ranks.rank == 0:
+        print(f"warning: {state.name}: {total - state.reported} steps up to {state.step} had a gradient that is not finite and were skipped", file=sys.stderr, flush=True)
+    state.reported = total
+    if row >= state.train.max_nonfinite:
+        found = sum(gather(step.nonfinite(positions)), [])
+        raise UserError(f"{state.name}: the gradients of {row} steps in a row, up to step {state.step}, are not finite; " + (
+            f"in the last one the losses of {len(found)} samples: {', '.join(found[:5])}" if found else
+            f"the losses of the last one, positions {(state.step - 1) * state.batch} to {state.step * state.batch - 1}, all are")
+            + f". The weights are as they were before; the newest checkpoint is in {state.folder}. A lower train.lr or train.precision = fp32 may help")
 
 
 # ---- pictures while training --------------------------------------------------------------------------------------
@@ -391,5 +495,5 @@ def save_samples(state, config, data, space, side=4, solver_steps=25):
     if state.ranks.rank:
         return
     pictures = space.pictures(x).cpu().numpy()
-    with atomic(os.path.join(state.run, "samples", f"{state.name}-{state.step:08d}.png")) as temporary:
+    with dispensable("the samples"), atomic(os.path.join(state.run, "samples", f"{state.name}-{state.step:08d}.png")) as temporary:
         picture_grid(pictures.reshape(side, side, *pictures.shape[1:])).save(temporary, "PNG")

@@ -158,7 +158,10 @@ def test_unusable_samples_are_left_out_and_counted_by_cause(tars, config, tmp_pa
     (folder / "torn.tar").write_bytes(torn)
     done = command("cluster.py", "--data", folder / "0*.tar", folder / "bad.tar", "--run", tmp_path / "run", "--config", config)
     assert "240 images" in done.stdout
-    assert all(f"1 skipped: {cause}" in done.stdout for cause in ("undecodable", "no image", "no caption"))
+    assert "3 skipped" in done.stdout and "no caption: 1, no image: 1, undecodable" in done.stdout
+    with open(tmp_path / "run" / "logs" / "cluster.skipped.csv", newline="") as f:
+        assert [(row["tar"], row["sample"], row["cause"].split(" (")[0]) for row in csv.DictReader(f)] == [
+            ("bad", "a", "undecodable"), ("bad", "b", "no image"), ("bad", "c", "no caption")]
     done = command("cluster.py", "--data", folder / "t*.tar", "--run", tmp_path / "torn", "--config", config, check=False)
     assert "torn.tar" in done.stderr and "the 20 usable images" in done.stderr
 
@@ -204,7 +207,7 @@ def test_killed_and_resumed_training_ends_in_the_same_bits(clustered, tmp_path, 
     status = (broken / "checkpoints" / "expert-0" / "status").read_text()
     assert status.startswith("to be continued")
     if how == signal.SIGTERM:
-        assert process.returncode == 0 and f"stopped by a signal, saved at step {status.split()[-1]};" in out
+        assert process.returncode == 128 + signal.SIGTERM and f"stopped by a signal, saved at step {status.split()[-1]};" in out
     assert "resumed" in command("train_expert.py", "--run", broken, *flags).stdout
     assert same_tensors(whole / "experts" / "0.safetensors", broken / "experts" / "0.safetensors")
     assert rows(whole, "expert-0") == rows(broken, "expert-0")
@@ -303,7 +306,7 @@ def test_two_ranks_and_micro_batches_give_the_curve_of_one_process(clustered, tr
     for one, two in zip(rows(trained, name), rows(run, name), strict=True):
         for column in one:
             # AdamW's first steps are little more than the gradient's signs: rounding shows in its norm before it shows in the loss
-            rel = 1e-2 if column == "grad_norm" else 2e-4
+            rel = 1e-2 if column in ("grad_norm", "norm_max") else 2e-4
             assert float(two[column] or 0) == pytest.approx(float(one[column] or 0), rel=rel, abs=1e-5), column
 
 
@@ -357,7 +360,7 @@ def test_too_many_unreadable_samples_stop_the_training(clustered, tmp_path):
             data[offset:offset + 8] = bytes(8)
         open(path, "wb").write(data)
     done = command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 20, check=False)
-    assert done.returncode == 2 and "data.max_bad = 0.1" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "data.max_bad = 0.01" in done.stderr.splitlines()[-1]
     done = command("train_expert.py", "--run", run, "--shard", 0, "--data.max_bad", 0.9)
     assert int(rows(run, "expert-0")[-1]["bad"]) > 5 and "undecodable" in done.stderr
 
