@@ -257,10 +257,9 @@ def test_pixels_survive_the_round_trip_through_floats():
 
 # ---- the demo set -------------------------------------------------------------------------------------------------
 
-def test_the_demo_set_shows_what_its_captions_say():
+def test_the_demo_set_shows_what_its_captions_say(monkeypatch):
     """By bench/check_shapes.py, which shares no code with the drawing."""
-    import sys
-    sys.path.insert(0, os.path.join(os.path.dirname(data.__file__), "bench"))
+    monkeypatch.syspath_prepend(os.path.join(os.path.dirname(data.__file__), "bench"))
     from check_shapes import check
     for size in (16, 32, 64):
         drawn = [data.draw_shape(np.random.default_rng([0, i]), size) for i in range(200)]
