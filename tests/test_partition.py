@@ -1,0 +1,186 @@
+"""The partition as a contract: manifests, --verify, --append, --balance; foreign, stale and damaged shards are refused in one line."""
+import csv
+import hashlib
+import json
+import os
+import shutil
+import stat
+
+import numpy as np
+import pytest
+from conftest import ROOT, command, copy, inside
+from safetensors.numpy import load_file
+
+import cluster
+from common import UserError
+from data import TarDataset, scan_tar
+
+SHARDS = ("0", "1", "2", "router")
+
+
+def contents(run):
+    return {path.relative_to(run): path.read_bytes() for path in sorted(run.glob("shards/*/*.tar"))}
+
+
+def manifest(run, shard):
+    return json.loads((run / "shards" / shard / "manifest.json").read_text())
+
+
+def refused(run, *flags):
+    done = inside("train_expert.py", "--run", run, "--shard", 0, "--device", "cpu", *flags)
+    assert done.returncode == 2 and not os.path.exists(run / "checkpoints"), done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def more(tmp_path):
+    folder = tmp_path / "more"
+    command("data.py", "--out", folder, "--images", 60, "--size", 8, "--seed", 9, "--per-tar", 40)
+    for path in folder.glob("*.tar"):
+        path.rename(folder / f"more-{path.name}")
+    return folder
+
+
+def test_a_manifest_says_what_a_shard_holds(clustered):
+    clusters = cluster.read_metadata(clustered / "clusters.safetensors")
+    for shard in SHARDS:
+        said = manifest(clustered, shard)
+        assert said["fingerprint"] == clusters["fingerprint"] and said["shard"] == shard
+        assert set(said["tars"]) == {path.name for path in (clustered / "shards" / shard).glob("*.tar")}
+        for name, entry in said["tars"].items():
+            path = clustered / "shards" / shard / name
+            assert entry["samples"] == len(list(scan_tar(path))) and entry["bytes"] == path.stat().st_size
+            assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_partition_that_was_interrupted_gets_the_manifest_of_an_undisturbed_one(clustered, tars, tmp_path):
+    run = copy(clustered, tmp_path)
+    for path in run.glob("shards/*/manifest.json"):
+        path.unlink()
+    (run / "shards" / "1" / "00001.tar").unlink()
+    command("cluster.py", "--data", tars / "*.tar", "--run", run)
+    assert all(manifest(run, shard) == manifest(clustered, shard) for shard in SHARDS) and contents(run) == contents(clustered)
+
+
+def test_a_shard_that_is_not_as_its_manifest_says_is_refused_before_the_first_step(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    folder = run / "shards" / "0"
+    tar = sorted(folder.glob("*.tar"))[0]
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-512])
+    assert "is not as its manifest says" in refused(run) and tar.name in refused(run)
+    tar.unlink()
+    assert "is not as its manifest says" in refused(run)
+    tar.write_bytes(whole)
+    shutil.copy(tar, folder / "stray.tar")
+    assert "stray.tar" in refused(run)
+    (folder / "stray.tar").unlink()
+    said = manifest(run, "0")
+    (folder / "manifest.json").write_text(json.dumps(said | {"fingerprint": "0123456789abcdef"}))
+    assert "is of clustering 0123456789abcdef" in refused(run) and said["fingerprint"] in refused(run)
+    (folder / "manifest.json").unlink()
+    assert "manifest.json" in refused(run)
+
+
+def test_verify_finds_a_single_flipped_bit(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    tar = sorted((run / "shards" / "0").glob("*.tar"))[1]
+    damaged = bytearray(tar.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    tar.write_bytes(damaged)
+    assert tar.name in refused(run, "--verify") and "SHA-256" in refused(run, "--verify")
+    command("train_expert.py", "--run", run, "--shard", 1, "--verify", "--train.steps", 1)
+
+
+def test_appended_tars_join_the_clusters_of_the_frozen_centroids_and_touch_no_shard(clustered, more, tmp_path):
+    run = copy(clustered, tmp_path)
+    before, centroids = contents(run), load_file(run / "clusters.safetensors")
+    command("cluster.py", "--data", more / "*.tar", "--run", run, "--append", ranks=2)
+    after, clusters = contents(run), load_file(run / "clusters.safetensors")
+    assert all(after[path] == content for path, content in before.items()) and len(after) == len(before) + 2 * len(SHARDS)
+    assert clusters["counts"].sum() == 300 and all((clusters[k] == centroids[k]).all() for k in centroids if k != "counts")
+    assert cluster.read_metadata(run / "clusters.safetensors")["fingerprint"] == cluster.read_metadata(clustered / "clusters.safetensors")["fingerprint"]
+    assert [sum(e["samples"] for e in manifest(run, shard)["tars"].values()) for shard in SHARDS] == [*clusters["counts"], 300]
+    again = tmp_path / "again"      # a picture's cluster is the same whenever it comes: here all at once, assigned by the same centroids
+    shutil.copytree(clustered, again)
+    assert inside("cluster.py", "--data", more / "*.tar", "--run", again, "--append", "--device", "cpu").returncode == 0
+    assert contents(again) == after
+    done = inside("cluster.py", "--data", more / "*.tar", "--run", run, "--append", "--device", "cpu")      # twice is once
+    assert done.returncode == 0 and contents(run) == after and (load_file(run / "clusters.safetensors")["counts"] == clusters["counts"]).all()
+    command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 1, "--verify")
+
+
+def test_the_router_s_subset_keeps_its_share_of_what_is_appended(tars, config, more, tmp_path):
+    run = tmp_path / "run"
+    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--cluster.router_images", 60)
+    command("cluster.py", "--data", more / "*.tar", "--run", run, "--append")
+    router = TarDataset([str(path) for path in sorted((run / "shards" / "router").glob("*.tar"))], 8, "none", clusters=True)
+    assert len(router) == 60 + 15
+
+
+def test_an_append_that_does_not_fit_is_refused(clustered, tars, more, tmp_path):
+    run = copy(clustered, tmp_path)
+    before = contents(run)
+    (more / "more-00000.tar").rename(more / "00000.tar")
+    done = inside("cluster.py", "--data", more / "*.tar", "--run", run, "--append")
+    assert done.returncode == 2 and "is named like a tar that the partition has" in done.stderr
+    done = inside("cluster.py", "--data", more / "*.tar", "--run", tmp_path / "none", "--append")
+    assert done.returncode == 2 and "leave --append out" in done.stderr
+    done = inside("cluster.py", "--data", tars / "*.tar", more / "more*.tar", "--run", run)
+    assert done.returncode == 2 and "--append" in done.stderr
+    assert contents(run) == before
+
+
+def test_balance_caps_the_largest_share_at_the_least_added_distance():
+    """By hand: fine clusters on a line; of those of the large coarse one, the smallest step to another with room is taken first."""
+    clusters = {"fine_centroids": np.array([[0.0], [1.0], [4.0], [10.0]], np.float32), "coarse_centroids": np.array([[1.0], [9.0]], np.float32),
+                "fine_to_coarse": np.array([0, 0, 0, 1])}
+    words = cluster.balance(clusters, np.array([30, 30, 20, 20]), 0.6)
+    assert clusters["fine_to_coarse"].tolist() == [0, 0, 1, 1] and "1 of 4 fine clusters moved, with 20.0% of the images" in words
+    # before: (30 * 1 + 0 + 20 * 9 + 20 * 1) / 100; after: the third is 25 away from the other
+    assert "grew from 2.30000 to 5.50000" in words
+    with pytest.raises(UserError, match="cannot be reached"):
+        cluster.balance(clusters | {"fine_to_coarse": np.array([0, 0, 0, 1])}, np.array([90, 4, 3, 3]), 0.6)
+
+
+def test_a_balanced_run_holds_the_cap_and_needs_fine_assignment(tars, config, tmp_path):
+    run = tmp_path / "run"
+    done = command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--cluster.assign", "fine", "--balance", "45%")
+    counts = load_file(run / "clusters.safetensors")["counts"]
+    assert counts.sum() == 240 and counts.max() <= 0.45 * 240 and "balance:" in done.stdout
+    assert [sum(1 for path in (run / "shards" / str(k)).glob("*.tar") for _ in scan_tar(path)) for k in range(3)] == counts.tolist()
+    done = inside("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "other", "--config", config, "--balance", "0.45")
+    assert done.returncode == 2 and "cluster.assign = fine" in done.stderr
+    done = inside("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "other", "--config", config, "--cluster.assign", "fine", "--balance", "0.2")
+    assert done.returncode == 2 and "between 1 / 3" in done.stderr
+
+
+def test_samples_that_cannot_be_used_are_listed_and_too_many_of_them_stop_the_clustering(tars, config, tmp_path):
+    from data import TarWriter
+    with TarWriter(str(tmp_path / "bad.tar")) as tar:
+        for i in range(30):
+            tar.add(f"{i:03d}.png", b"no picture")
+            tar.add(f"{i:03d}.txt", b"a caption")
+    data = ["--data", tars / "*.tar", tmp_path / "bad.tar", "--run", tmp_path / "run", "--config", config]
+    done = inside("cluster.py", *data, "--device", "cpu")
+    assert done.returncode == 2 and "30 of 270 samples cannot be used" in done.stderr and not (tmp_path / "run" / "clusters.safetensors").exists()
+    with open(tmp_path / "run" / "logs" / "cluster.skipped.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 30 and rows[0]["tar"] == "bad" and rows[0]["sample"] == "000" and rows[0]["cause"].startswith("undecodable")
+    assert inside("cluster.py", *data, "--max-bad", "20%", "--device", "cpu").returncode == 0
+
+
+def test_an_expert_can_be_replaced_by_another_of_the_same_clustering(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    shutil.rmtree(run / "checkpoints" / "expert-1")
+    os.remove(run / "experts" / "1.safetensors")
+    command("train_expert.py", "--run", run, "--shard", 1, "--train.seed", 7)
+    done = inside("sample.py", "--run", run, "--device", "cpu", "--prompt", "a red circle", "--require-all", "--out", tmp_path / "x.png")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_launchers_are_valid_shell_and_can_be_executed():
+    import subprocess
+    for name in ("launch.sh", "slurm/ddm.sbatch", "demo.sh"):
+        assert subprocess.run(["bash", "-n", os.path.join(ROOT, name)]).returncode == 0
+    assert os.stat(os.path.join(ROOT, "launch.sh")).st_mode & stat.S_IXUSR
