@@ -7,6 +7,7 @@
 Memory is counted on fake tensors, which have shapes and no contents: a forward pass of the real model, whose tensors kept for the backward
 pass are added up. That is eager mode; compiled blocks usually keep less. Also the table of peak rates that MFU is measured against.
 """
+import math
 import os
 import re
 
@@ -205,6 +206,9 @@ def report(name, config, train, batch, settings, teachers=0):
     step = batch * image_flops / (world * peak * settings.mfu)
     print(f"\ntime: {step:.3g} s a step, {batch / step:.4g} images/s, {days(step * train.steps)} for {train.steps:,} steps at {settings.mfu:.0%} MFU of {peak / 1e12:.0f} TFLOP/s "
           f"({'bf16' if bf16 else 'TF32'}) a GPU")
+    files = need.parameters * (4 + 8 + 4 + (2 if train.export == "bf16" else 4))
+    print(f"a checkpoint and an export are {files / GB:.3g} GB: at 1 GB/s {files / 1e9:.0f} s. After SIGTERM a training needs that, the rest of its step, and as much again if it was "
+          f"saving: give torchrun --shutdown-timeout {max(60, 60 * math.ceil((2 * files / 1e9 + 2 * step) / 60))} (it waits 30 s otherwise)")
     if settings.step_seconds:
         able = world * peak * settings.step_seconds
         print(f"a step of {settings.step_seconds:g} s on {world} x {settings.gpu}: {days(settings.step_seconds * train.steps)}; a batch of {batch} in that time is an MFU of {batch * image_flops / able:.1%}; "
