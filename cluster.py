@@ -56,10 +56,12 @@ def extract(path, target, prepare, function, info, config, bar):
     try:
         if os.path.exists(target) and read_metadata(target)["identity"] == identity:
             return
-    except UserError:
+    except (UserError, KeyError, TypeError):
         pass    # damaged: made again
     features, places, images, bad = [], [], [], []
     for sample, _, _, image in usable(path, prepare, 256, config.data, bad):
+        if "cluster" in sample.members:
+            raise UserError(f"{path} says which cluster its samples are in: it is a shard of a run; --data takes the tars that a run is made of", local=True)
         images.append(image)
         places.append((sample.start, sample.end - sample.start))
         if len(images) == 256:

@@ -239,7 +239,10 @@ def read_toml(path):
             keys = CONFIG.get(prefix[:-1], {})
             if key not in keys:
                 raise UserError(f"{path}: unknown key {name}{_nearest(name, [f'{t}.{k}' for t in CONFIG for k in CONFIG[t]])}")
-            values[name] = _checked(name, value, keys[key])
+            try:
+                values[name] = _checked(name, value, keys[key])
+            except (ValueError, OverflowError) as error:        # a number of so many digits that it is no float, or cannot be shown
+                raise UserError(f"{path}: {name} is out of all bounds: {error}") from None
 
     walk(tables, "")
     return values
@@ -342,7 +345,7 @@ def read_manifest(folder):
     try:
         with open(path) as f:
             manifest = json.load(f)
-        manifest["fingerprint"], manifest["tars"].items()
+        manifest["fingerprint"], [entry["samples"] + entry["bytes"] + entry["source"] + len(entry["sha256"]) for entry in manifest["tars"].values()]
         return manifest
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path} ({error or type(error).__name__}): copy the folder whole, or make it with cluster.py") from None

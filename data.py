@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from common import UserError, atomic, cores, make_parser, parse, progress, script
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")      # whatever the name says; not EPS, for which Pillow starts Ghostscript
 ROLES = ("image", "txt", "cls", "cluster", "lat", "tok")        # the members of a sample that training reads
 INDEX_VERSION = 2
 RETRY = (1, 5, 30)      # seconds until a failed read is tried again
@@ -71,6 +72,15 @@ class Sample:
     members: dict = field(default_factory=dict)     # role or extension -> (offset, size) of the payload
 
 
+class _Header(tarfile.TarInfo):
+    """A header that may not be longer than any name or time that is meant well: tarfile's patterns take minutes over a megabyte of digits."""
+
+    def _proc_member(self, tar):
+        if self.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK) and self.size > 1 << 14:
+            raise tarfile.ReadError("a header is too long")
+        return super()._proc_member(tar)
+
+
 def scan_tar(path):
     """Yields the Samples of a tar in its order, reading headers only. A tar that is cut short, or damaged, gives its whole samples before that and a warning.
 
@@ -79,12 +89,12 @@ def scan_tar(path):
     sample, torn, names = None, "it does not end as a tar does", set()
     size = os.path.getsize(path)
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
             for member in tar:
                 tar.members = []        # tarfile would keep them all
                 if member.size < 0 or tar.offset <= member.offset:      # it would read in circles
                     raise tarfile.ReadError("a member has an impossible size")
-                if not member.isfile():
+                if not member.isfile() or member.issparse():        # of a sparse file the tar holds other bytes than its size says
                     continue
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
@@ -99,7 +109,8 @@ def scan_tar(path):
                 sample.members["image" if extension in IMAGE_TYPES else extension] = (member.offset_data, member.size)
                 sample.end = member.offset_data + -(-member.size // 512) * 512
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512).count(0) == 512:
+            rest = tar.fileobj.read(1 << 20)        # nothing but empty blocks: a hole, or another tar, would end it, too
+            if len(rest) >= 512 and rest.count(0) == len(rest):
                 torn = ""
     except Exception as error:      # tarfile raises more than its own kinds on a hostile header
         torn = str(error) or type(error).__name__
@@ -185,12 +196,14 @@ def decode(payload, least=0):
     least: a JPEG may be decoded at a fraction of its size, as long as its sides stay this long.
     """
     try:
-        image = Image.open(io.BytesIO(payload))
+        image = Image.open(io.BytesIO(payload), formats=FORMATS)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow would only warn, up to twice as many
             raise Image.DecompressionBombError
         if least:
             image.draft("RGB", (least, least))
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):      # 16 bits, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -404,28 +417,30 @@ class TarDataset(torch.utils.data.Dataset):
         """-> (PIL image or latents [flips,1 or 2,C,H,W] f16, condition, cluster) of sample `number`. BadSample if it cannot be used."""
         members = self.members(number)
         condition = check_condition(members, self.condition, self.classes)
-        if self.clusters and "cluster" not in members:
+        number = members.get("cluster", b"").strip()
+        cluster = int(number) if number.isdigit() else -1
+        if self.clusters and cluster < 0:
             raise BadSample("no cluster")
         for role in ["lat" if self.latent else "image"] + ["tok"] * bool(self.tokens):
             if role not in members:
                 raise BadSample(f"no {role}")
         if self.tokens:
             condition = np.zeros(self.tokens, np.float16)       # rows of zeros: no token
-            features = np.frombuffer(members["tok"], np.float16)
-            if len(features) % self.tokens[1] or len(features) > condition.size:
+            if len(members["tok"]) % (2 * self.tokens[1]) or len(members["tok"]) > condition.nbytes:
                 raise BadSample(f"{len(members['tok'])} bytes of token features")
+            features = np.frombuffer(members["tok"], np.float16)
             condition.reshape(-1)[:len(features)] = features
             condition = torch.from_numpy(condition)
         elif self.encode:
             condition = self.encode(condition)
         if not self.latent:
-            return decode(members["image"], self.size), condition, int(members.get("cluster", -1))
+            return decode(members["image"], self.size), condition, cluster
         if len(members["lat"]) != 2 * math.prod(self.latent):
             raise BadSample(f"{len(members['lat'])} bytes of latents")
         latents = torch.frombuffer(bytearray(members["lat"]), dtype=torch.float16).view(self.latent)
         if not math.isfinite(latents.sum(dtype=torch.float32)):
             raise BadSample("latents that are not finite")
-        return latents, condition, int(members.get("cluster", -1))
+        return latents, condition, cluster
 
     def __getitem__(self, position):
         bad, number = [], self.order(position)

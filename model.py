@@ -57,6 +57,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.size % self.patch:
             raise ValueError(f"size {self.size} is not a multiple of the patch {self.patch}: change data.size or the model's patch")
+        if self.size // self.patch > 512:
+            raise ValueError(f"size {self.size} is more than 512 patches of {self.patch} a side: change data.size or the model's patch")
         if self.dim % self.heads or self.dim % 4:
             raise ValueError(f"dim {self.dim} must be a multiple of heads {self.heads} and of 4")
         if self.double and (self.dim // self.heads % 4 or self.double > self.depth or self.clusters):
@@ -454,6 +456,8 @@ def read_info(path):
     try:
         with safe_open(path, framework="pt") as f:
             info = json.loads((f.metadata() or {})["nanoddm"])
+            if info["model"]["depth"] > len(f.keys()):      # building a million blocks would take hours
+                raise ValueError("it has fewer weights than blocks")
             with torch.device("meta"):
                 wanted = {k: list(v.shape) for k, v in build(ModelConfig(**info["model"])).state_dict().items()}
             there = {k: f.get_slice(k).get_shape() for k in f.keys()}
