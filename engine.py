@@ -302,4 +302,6 @@ class State:
         if self.ranks.rank == 0:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.train.export]
             with dispensable(path, last=self.step == self.train.steps):
+                for torn in glob.glob(f"{glob.escape(path)}.*.tmp"):     # of a run that was killed here
+                    os.remove(torn)
                 models.save(path, self.model.config, weights, dtype, step=self.step, images=images, flops=self.image_flops * images, **info)

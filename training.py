@@ -25,6 +25,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -42,6 +43,7 @@ from engine import BINS, FAILED, FINISHED, SHOWN, UNFINISHED, dispensable
 
 
 TIMING = ("images_per_s", "mfu", "wait", "memory_gb")       # columns of the log: MFU where the device's peak is known; share of the time spent waiting for data
+PARENT = os.getppid()       # torchrun, or whoever started this
 
 
 # ---- from the run -------------------------------------------------------------------------------------------------
@@ -301,6 +303,20 @@ def learning_rate(train, step):
     return train.lr * up * down
 
 
+def _end_with_torchrun():
+    """A rank whose torchrun has been killed would train on, and write beside the next attempt: it ends, within a second, as if killed, too."""
+    def watch():
+        while os.getppid() == PARENT:
+            time.sleep(0.5)
+        try:
+            print("error: torchrun has gone, and so this rank ends", file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
+
+    if "RANK" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def _ignore_signals(_):
     """Decoding processes leave SIGTERM and Ctrl-C to their rank, which finishes its step and still needs them."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -369,6 +385,7 @@ def steps(state, data, space, config, shown, profile=False):
         data, batch_sampler=positions(state.step, train.steps, batch, ranks.rank, ranks.world, micro), num_workers=workers,
         collate_fn=collate, worker_init_fn=_ignore_signals, multiprocessing_context=fork, pin_memory=cuda,
         prefetch_factor=4 if workers else None))
+    _end_with_torchrun()        # a thread: only now that the decoding processes have been forked
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=state.bf16)
     peak = plan.peak_flops(torch.cuda.get_device_name(), state.bf16) if cuda else None
     if cuda and not peak and ranks.rank == 0:
@@ -417,6 +434,7 @@ def steps(state, data, space, config, shown, profile=False):
                 state.bad += int(total[4])
                 read = state.step * batch + state.bad
                 if state.bad > 10 and state.bad > config.data.max_bad * read:
+                    state.finish_saving()
                     raise UserError(f"{state.bad} of {read} samples could not be used, more than data.max_bad = {config.data.max_bad} of them: "
                                     f"see logs/{state.name}.skipped.csv")
                 by_t = {f"{shown}_t{i}": f"{s / n:.5f}" if n else ""
@@ -458,6 +476,7 @@ def check_finite(state, step, positions):
         print(f"warning: {state.name}: {total - state.reported} steps up to {state.step} had a gradient that is not finite and were skipped", file=sys.stderr, flush=True)
     state.reported = total
     if row >= state.train.max_nonfinite:
+        state.finish_saving()       # a checkpoint on its way would be cut short
         found = sum(gather(step.nonfinite(positions)), [])
         raise UserError(f"{state.name}: the gradients of {row} steps in a row, up to step {state.step}, are not finite; " + (
             f"in the last one the losses of {len(found)} samples: {', '.join(found[:5])}" if found else
