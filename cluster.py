@@ -211,10 +211,14 @@ def check_skipped(run, names, about, most, ranks):
     path = os.path.join(run, "logs", "cluster.skipped.csv")
     if ranks.rank == 0:
         print(f"{images} images in {len(names)} tars" + (f"; {len(rows)} skipped ({path}): {causes}" if rows else ""), flush=True)
-        if rows:
+        before = []
+        if os.path.exists(path):
+            with open(path, newline="", errors="replace") as f:
+                before = [tuple(row) for row in list(csv.reader(f))[1:] if row[0] not in names]
+        if rows or before:
             with atomic(path) as temporary, open(temporary, "w", newline="", errors="replace") as f:
-                csv.writer(f).writerows([("tar", "sample", "cause"), *rows])
-    if not images:
+                csv.writer(f).writerows([("tar", "sample", "cause"), *before, *rows])
+    if not images and names:
         raise UserError(f"no usable image: {causes or 'the tars are empty'}")
     if len(rows) > 10 and len(rows) > most * (images + len(rows)):
         raise UserError(f"{len(rows)} of {images + len(rows)} samples cannot be used, more than data.max_bad = {most} of them ({causes}): see {path}, or allow more")
@@ -245,19 +249,21 @@ def choose_config(args, given):
     config = make_config(read_toml(args.config) if args.config else old, given)
     if not old:
         return config
-    old = make_config(old)
+    free = {name: value for name, value in flat(config).items() if name in ("data.max_bad", "data.workers")}
+    old = make_config(old, free)
     if flat(config) != flat(old):
         raise UserError(f"{args.run} was made with another config (there / now: {differences(flat(old), flat(config))}): "
                         f"use another --run, or leave --config and these flags out")
     return old
 
 
-def check_names(tars, manifests):
-    """UserError if one of {name: path} is named like one that the partition has, and another. (The same one: an --append that was interrupted.)"""
+def not_there(tars, manifests):
+    """Those of {name: path} that the partition does not have. UserError if it has another one of that name."""
     for name, path in tars.items():
         entry = next(filter(None, (manifest["tars"].get(f"{name}.tar") for manifest in manifests)), None)
         if entry and entry["source"] != os.path.getsize(path):
             raise UserError(f"{path} is named like a tar that the partition has, of {entry['source']} bytes: rename it, its shards are named after it")
+    return {name: path for name, path in tars.items() if not all(f"{name}.tar" in manifest["tars"] for manifest in manifests)}
 
 
 def main():
@@ -298,7 +304,7 @@ def main():
     if args.append:
         if lacking := [folder for folder, manifest in zip(folders, manifests) if not manifest["tars"]]:
             raise UserError(f"{lacking[0]} has no manifest: --append needs the whole partition, as cluster.py left it")
-        check_names(tars, manifests)
+        tars = not_there(tars, manifests)       # an --append that was interrupted goes on with the rest
 
     ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
     if ranks.rank == 0:

@@ -166,11 +166,16 @@ class UserError(Exception):
         self.local = local
 
 
+ON_ERROR = []       # what a stage wants to be called when it ends with a UserError
+
+
 def script(main):
     """Runs a stage's main(); a UserError becomes one line on stderr, from rank 0 alone, and exit code 2."""
     try:
         main()
     except UserError as error:
+        for function in ON_ERROR:
+            function()
         rank_0 = os.environ.get("RANK", "0") == "0"
         if rank_0 or error.local:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -183,6 +188,7 @@ def script(main):
         print(f"error: {error}: make room, and run the same command to go on", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
+        ON_ERROR.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -474,7 +480,8 @@ def atomic(path):
         os.chmod(temporary, 0o666 & ~UMASK)     # safetensors would make its files private
         sync(temporary)
         os.replace(temporary, path)
-        sync(folder)
+        with contextlib.suppress(OSError):      # some network file systems cannot
+            sync(folder)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

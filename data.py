@@ -112,6 +112,10 @@ def scan_tar(path):
             rest = tar.fileobj.read(1 << 20)        # nothing but empty blocks: a hole, or another tar, would end it, too
             if len(rest) >= 512 and rest.count(0) == len(rest):
                 torn = ""
+    except OSError as error:
+        if not isinstance(error, tarfile.TarError):
+            raise       # the file system's fault, not the tar's: what is read now would pass for the whole
+        torn = str(error)
     except Exception as error:      # tarfile raises more than its own kinds on a hostile header
         torn = str(error) or type(error).__name__
     if torn:    # the last sample may lack members: not whole
@@ -178,7 +182,10 @@ def index_tar(path, mapped=True):
         table = table[:rows * width].reshape(rows, width)
         if np.array_equal(table[0], head):
             return table[1:]
-    rows = [[x for role in ROLES for x in s.members.get(role, (-1, -1))] for s in scan_tar(path)]
+    try:
+        rows = read_patiently(lambda: [[x for role in ROLES for x in s.members.get(role, (-1, -1))] for s in scan_tar(path)])
+    except BadSample as error:
+        raise UserError(f"{path} is {error}", local=True) from None
     table = np.array(rows, np.int64).reshape(-1, width)
     try:
         with atomic(file) as temporary:
@@ -382,8 +389,8 @@ class TarDataset(torch.utils.data.Dataset):
             except OSError:
                 if tar in self.files:
                     os.close(self.files.pop(tar))       # opened anew
-                if tar in self.lost:
-                    raise BadSample("unreadable (still)") from None     # waited for once
+                if self.lost:
+                    raise BadSample("unreadable (still)") from None     # waited for once, be it for another tar
                 raise
 
         try:
@@ -401,7 +408,8 @@ class TarDataset(torch.utils.data.Dataset):
         tar = bisect.bisect_right(self.ends, number)
         offsets = [place for place in self.index[tar][number - (self.ends[tar - 1] if tar else 0)][::2].tolist() if place >= 0]
         try:
-            return tarfile.TarInfo.frombuf(self._read(tar, min(offsets) - 512, 512), "utf-8", "replace").name.partition(".")[0]
+            folder, name = os.path.split(tarfile.TarInfo.frombuf(self._read(tar, min(offsets) - 512, 512), "utf-8", "replace").name)
+            return os.path.join(folder, name.partition(".")[0])
         except (BadSample, tarfile.TarError, ValueError):
             return ""
 

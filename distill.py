@@ -91,7 +91,8 @@ def main():
     if there := set(map(str, range(K))) - set(training.find_shards(args.run)):
         raise UserError(f"the student needs all {K} shards, {args.run} lacks {', '.join(sorted(there, key=int))}")
 
-    ranks = start(args.device)
+    training.mark_failures(args.run, "student")
+    ranks = start(args.device, training.patience(train))
     share = batch // ranks.world
     train.micro_batch = micro = train.micro_batch or math.gcd(share, max(1, batch // K))
     if batch % ranks.world or share % micro:
@@ -131,8 +132,8 @@ def main():
             state.export(path, state.step * batch, **info)
         if step.sample:
             training.save_samples(state, config, data, space)
-    if not os.path.exists(path):        # finished before, and its file gone
-        state.export(path, state.step * batch, **info)
+    if training.stale(path, state):        # the last export failed, or its file is gone
+        state.export(path, state.step * batch, last=True, **info)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import model as models
 import networks
 import plan
-from common import UserError, atomic, barrier, broadcast, differences, flat, gather, sum_over_ranks, sync
+from common import UserError, atomic, barrier, broadcast, differences, flat, gather, on_rank_0, sum_over_ranks, sync
 
 BINS = 5            # of t in [0,1], in the log
 SHOWN = 6           # where in the sums the bins begin
@@ -69,13 +69,13 @@ def local(tensor):
 
 
 @contextlib.contextmanager
-def dispensable(what, last=False):
-    """Training goes on, with a warning, where this cannot be written: the disk is full. The last time it is a UserError."""
+def dispensable(what):
+    """Training goes on, with a warning, where this cannot be written: the disk is full. Yields a list, to which the reason is added."""
+    reasons = []
     try:
-        yield
+        yield reasons
     except (OSError, SafetensorError) as error:
-        if last:
-            raise UserError(f"{what} could not be written ({error}): make room, and run the same command again", local=True) from None
+        reasons.append(str(error))
         print(f"warning: {what} could not be written ({error}), and training goes on", file=sys.stderr, flush=True)
 
 
@@ -112,11 +112,14 @@ class State:
         self.identity |= {role: networks.identity(info) for role, info in space.info.items()}
         self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
         self.step, self.seconds, self.device_seconds, self.bad, self.warned, self.reported = 0, 0.0, 0.0, 0, 0, 0
+        self.exported = True    # whether the last export could be written
         self.skipped = []       # samples that could not be used since the last row of the log: (step, tar, name, cause)
         self.saving = None      # the checkpoint that is being written: (step, future)
         self.publisher = ThreadPoolExecutor(1)
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None      # it talks while training does
-        newest = broadcast(self._read_newest() if ranks.rank == 0 else None)
+        newest = []
+        on_rank_0(lambda: newest.append(self._read_newest()))
+        newest = broadcast(newest[0] if newest else None)
         self.resumed = bool(newest)
         if newest and newest[1]["identity"] != self.identity:
             raise UserError(f"{newest[0]} was made with other settings (there / now: {differences(newest[1]['identity'], self.identity)}): "
@@ -154,7 +157,7 @@ class State:
         # since the last row of the log: loss, images, gradient norms, steps, samples that could not be used, the largest norm; then by bin of t: what is
         # shown, images
         self.sums = torch.zeros(SHOWN + 2 * BINS, dtype=torch.float64, device=ranks.device)
-        self.nonfinite = torch.zeros(2, device=ranks.device)        # steps that were skipped: in a row, and in all
+        self.nonfinite = torch.zeros(3, device=ranks.device)        # steps that were skipped: in a row until now, in all, in the longest row
         self.wrapped = self.model
         if ranks.world > 1 and not self.sharded:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -170,7 +173,7 @@ class State:
     def update(self):
         """Clips, steps AdamW, moves the average: ema <- d ema + (1 - d) weights, with d = min(ema, (1 + n) / (10 + n)). -> the gradient's norm.
 
-        Without a finite norm, which is all ranks' alike, weights and optimiser stay as they are. It is the optimiser's kernel that looks, as it does for
+        Without a finite norm, which is all ranks' alike, weights and optimiser stay as they are (the average goes on towards them). It is the optimiser's kernel that looks, as it does for
         torch.amp's scaler, so that nobody waits for the GPU here.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
@@ -179,6 +182,7 @@ class State:
         self.optimizer.step()
         self.nonfinite[0] = (self.nonfinite[0] + 1) * self.optimizer.found_inf
         self.nonfinite[1] += self.optimizer.found_inf
+        self.nonfinite[2] = self.nonfinite[2].maximum(self.nonfinite[0])
         self.optimizer.zero_grad(set_to_none=self.wrapped is self.model)        # DDP's gradients are views of its buckets: without them there would be two
         self.step += 1
         decay = min(self.train.ema, (1 + self.step) / (10 + self.step))
@@ -212,11 +216,12 @@ class State:
                     state = json.load(f)
                 if damaged := [name for name, size in state.get("files", {}).items() if os.path.getsize(os.path.join(folder, name)) != size]:
                     raise ValueError(f"{damaged[0]} has another size")
-            except (OSError, ValueError) as error:
+                state["identity"].items(), state["step"], state["seconds"]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 print(f"warning: {folder} is damaged ({error}): the one before is used", file=sys.stderr, flush=True)
                 continue
-            for key, before in (("flow.path", "linear"), ("model.double", 0)):      # checkpoints from before there was a choice
-                state["identity"].setdefault(key, before)
+            if "nonfinite" not in state:
+                raise UserError(f"{folder} was made by an earlier version of this project: go on with that one, or delete {self.folder} to start anew")
             return folder, state
 
     @quiet
@@ -227,10 +232,10 @@ class State:
         if self.ranks.rank:
             self.sums.zero_()       # they were summed over the ranks
         self.step, self.seconds, self.bad = state["step"], state["seconds"], state["bad"]
-        self.device_seconds = state.get("device_seconds", 0.0)      # checkpoints from before they were counted
-        self.nonfinite[1] = self.reported = state.get("nonfinite", 0)
+        self.device_seconds, self.reported = state["device_seconds"], state["nonfinite"][1]
+        self.nonfinite.copy_(torch.tensor(state["nonfinite"]))
         if self.ranks.rank == 0:
-            self.skipped = [tuple(row) for row in state.get("skipped", [])]
+            self.skipped = [tuple(row) for row in state["skipped"]]
 
     @quiet
     def save(self, status):
@@ -247,7 +252,7 @@ class State:
         future = dcp.async_save(tensors, checkpoint_id=f"{place}.tmp", process_group=self.group, no_dist=not dist.is_initialized())
         if self.ranks.rank == 0:
             state = {"step": self.step, "seconds": self.seconds, "device_seconds": self.device_seconds, "bad": self.bad,
-                     "nonfinite": int(self.nonfinite[1]), "skipped": skipped, "identity": self.identity}
+                     "nonfinite": self.nonfinite.tolist(), "skipped": skipped, "identity": self.identity}
             future = self.publisher.submit(self._publish, place, state, status, future)
         self.saving = self.step, future
 
@@ -265,10 +270,13 @@ class State:
         os.rename(f"{place}.tmp", place)
         sync(self.folder)
         self.mark(status, state["step"])
-        for old in self.checkpoints()[:-self.train.keep]:
-            if not self.train.keep_every or int(old[-8:]) % self.train.keep_every:
-                os.rename(old, f"{old}.tmp")        # half deleted, it is no checkpoint any more
-                shutil.rmtree(f"{old}.tmp")
+        there = self.checkpoints()
+        newest = there.index(place)     # later ones are damaged and were passed over
+        for old in there[:max(0, newest + 1 - self.train.keep)] + there[newest + 1:]:
+            if old > place or not self.train.keep_every or int(old[-8:]) % self.train.keep_every:
+                with contextlib.suppress(OSError):
+                    os.rename(old, f"{old}.tmp")        # half deleted, it is no checkpoint any more
+                    shutil.rmtree(f"{old}.tmp")
 
     def finish_saving(self, last=False):
         """Waits until the last checkpoint is on disk. If it could not be written, all ranks go on and say so, or, if it was to be the last, end with a UserError."""
@@ -292,16 +300,24 @@ class State:
         with atomic(os.path.join(self.folder, "status")) as temporary, open(temporary, "w") as f:
             f.write(f"{status} {step}\n")
 
-    def export(self, path, images, /, **info):
-        """Writes the averaged weights as a model file. All ranks call it: sharded ones are gathered one by one, into rank 0's host memory."""
-        weights = {}
+    def export(self, path, images, /, last=False, **info):
+        """Writes the averaged weights as a model file. All ranks call it: sharded ones are gathered one by one, into rank 0's host memory.
+
+        last: now a file that cannot be written is a UserError, and one that can finishes the training.
+        """
+        weights, reasons = {}, []
         for name, e in self.ema.items():
             whole = e.full_tensor() if isinstance(e, DTensor) else e
             if self.ranks.rank == 0:
                 weights[name] = whole.cpu()
         if self.ranks.rank == 0:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.train.export]
-            with dispensable(path, last=self.step == self.train.steps):
+            with dispensable(path) as reasons:
                 for torn in glob.glob(f"{glob.escape(path)}.*.tmp"):     # of a run that was killed here
                     os.remove(torn)
                 models.save(path, self.model.config, weights, dtype, step=self.step, images=images, flops=self.image_flops * images, **info)
+        self.exported = not sum(gather(reasons), [])
+        if last and not self.exported:
+            raise UserError(f"{path} could not be written: make room, and run the same command again")
+        if last and self.ranks.rank == 0:
+            self.mark(FINISHED, self.step)

@@ -10,22 +10,25 @@
 # A host needs bash, rsync, flock, make and Python 3.11, and ssh must ask for no password. The training is its host's own: where the link or this script
 # dies it goes on. Run this again at any time: what is there is not sent again, what trains is left alone, what has stopped goes on, what is finished is fetched.
 set -euo pipefail
-cd "$(dirname "$0")"
 [ $# -ge 2 ] || { sed -n '2,12p' "$0"; exit 2; }
-RUN=${1%/} HOSTS=$2
+RUN=${1%/} HOSTS=$(realpath "$2")
 shift 2
-FLAGS=$(printf '%q ' "$@")
+cd "$(dirname "$0")"
+FLAGS=''
+[ $# = 0 ] || FLAGS=$(printf '%q ' "$@")
+[ -f "$HOSTS" ] || { echo "error: there is no $HOSTS" >&2; exit 2; }
+[ -f "$RUN/clusters.safetensors" ] || { echo "error: $RUN has no clusters.safetensors: make it with cluster.py" >&2; exit 2; }
 EVERY=${EVERY:-60}              # seconds between two looks at a host
 TRIES=${TRIES:-20}              # starts of a training that stops without being finished
 export RSYNC_RSH=${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=15 -o ServerAliveCountMax=4}
-case $RUN in /*) echo "error: $RUN must be a path below $PWD, as it will be on the hosts" >&2; exit 2; esac
+case $RUN in /*|*..*|*[!A-Za-z0-9_./-]*) echo "error: $RUN must be a plain path below $PWD, as it will be on the hosts" >&2; exit 2; esac
 
 # What a host is asked each time, as a script on its standard input: start the training if START says so and none runs, and tell how it stands.
 # A lock that the training holds as long as it lives says whether one runs.
 look() {
     $RSYNC_RSH "$host" bash -s <<REMOTE
 cd $folder && mkdir -p $RUN/logs || exit 1
-[ -e .venv/installed ] || make .venv/installed > install.log 2>&1 || { echo "failed: see $folder/install.log"; exit; }
+[ -e .venv/installed ] || flock install.lock make .venv/installed > install.log 2>&1 || { echo "failed: see $folder/install.log"; exit; }
 if flock -n $RUN/$name.lock true; then
     if [ $1 = start ]; then
         gpus=\$(nvidia-smi -L 2>/dev/null | wc -l)
@@ -48,7 +51,7 @@ ship() {
 }
 
 fetch() {
-    rsync -aR --ignore-missing-args "$host:$folder/$RUN/./$weights" "$host:$folder/$RUN/./logs/" "$host:$folder/$RUN/./samples/" "$RUN/"
+    rsync -aR --ignore-missing-args "$host:$folder/$RUN/./logs/" "$host:$folder/$RUN/./samples/" "$RUN/" && { [ $1 = logs ] || rsync -aR "$host:$folder/$RUN/./$weights" "$RUN/"; }
 }
 
 train() {
@@ -67,15 +70,17 @@ train() {
         [ "$answer" = "$before" ] || say "$answer"
         before=$answer
         case $answer in
-            finished*) until fetch; do say "not fetched, trying again"; sleep "$EVERY"; done; say "$RUN/$weights is here"; return 0;;
-            failed*) fetch || true; say "see $RUN/logs/$name.log:"; tail -n 3 "$RUN/logs/$name.log" || true; return 1;;
+            finished*) until fetch all; do say "not fetched, trying again"; sleep "$EVERY"; done; say "$RUN/$weights is here"; return 0;;
+            failed*) fetch logs || true; say "see $RUN/logs/$name.log:"; tail -n 3 "$RUN/logs/$name.log" || true; return 1;;
             "to be continued"*) tries=$((tries + 1)); [ $tries -lt "$TRIES" ] || { say "stopped $tries times"; return 1; }; look start > /dev/null || true;;
         esac
     done
 }
 
 trainings=()
-while read -r host what folder _; do
+trap 'trap - EXIT; kill "${trainings[@]}" 2>/dev/null || true' EXIT
+trap 'exit 130' INT TERM        # the looking ends with this script; the trainings go on
+while read -r host what folder _ || [ -n "$host" ]; do
     case $host in ''|'#'*) continue; esac
     train "$host" "$what" "$folder" < /dev/null &
     trainings+=($!)

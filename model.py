@@ -446,6 +446,13 @@ def save(path, config, state, dtype=torch.float32, /, **info):
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())        # before it has its name: power may fail
         os.replace(temporary, path)
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        except OSError:         # some network file systems cannot
+            pass
+        finally:
+            os.close(folder)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

@@ -43,7 +43,8 @@ def main():
     if args.shard == "all" and len(there) < K:
         raise UserError(f"the monolith needs all {K} shards, {args.run}/shards has {', '.join(there) or 'none'}")
 
-    ranks = start(args.device)
+    training.mark_failures(args.run, name)
+    ranks = start(args.device, training.patience(train))
     data, space = training.open_shards(args.run, there if args.shard == "all" else [args.shard], config, train, ranks, clusters, verify=args.verify)
     if space.config.autoencoder.name:
         on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
@@ -63,8 +64,8 @@ def main():
             state.export(path, state.step * batch, **info)
         if step.sample:
             training.save_samples(state, config, data, space)
-    if not os.path.exists(path):        # finished before, and its file gone
-        state.export(path, state.step * batch, **info)
+    if training.stale(path, state):        # the last export failed, or its file is gone
+        state.export(path, state.step * batch, last=True, **info)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def main():
         return plan.report("router", set_steps(train, config, training.plan_space(args, config)), train, train.batch, config.plan)
     clusters = read_clusters(args.run)
 
-    ranks = start(args.device)
+    training.mark_failures(args.run, "router")
+    ranks = start(args.device, training.patience(train))
     data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters, labelled=True, verify=args.verify)
     state = engine.State(args.run, "router", set_steps(train, config, space), train, ranks, config, space, train.batch, clustering=clusters["fingerprint"], images=len(data))
     info = training.describe(config, space, clusters)
@@ -55,8 +56,8 @@ def main():
         step.update()
         if step.save:
             state.export(path, state.step * train.batch, **info)
-    if not os.path.exists(path):        # finished before, and its file gone
-        state.export(path, state.step * train.batch, **info)
+    if training.stale(path, state):        # the last export failed, or its file is gone
+        state.export(path, state.step * train.batch, last=True, **info)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ import hashlib
 import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
@@ -141,7 +143,9 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
                         + ("" if about or not config.autoencoder.name or not d.cached else "; latents are used where all shards have them"))
     for k in shards:
         folder = os.path.join(run, "shards", k)
-        if not about or verify and os.path.isdir(folder):
+        if verify and not os.path.isdir(folder):
+            raise UserError(f"--verify compares {folder} with its manifest, but only its latents are here: leave it out")
+        if not about or verify:
             check_shard(folder, clusters["fingerprint"], ranks, verify)
     if ranks.rank == 0 and config.autoencoder.name:
         print(f"latents cached in {', '.join(folders)}" if about else "latents not cached: pictures are encoded at each step (pretrained.py caches them)")
@@ -170,14 +174,14 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
 # ---- the log ------------------------------------------------------------------------------------------------------
 
 class Table:
-    """A CSV file that grows while training does, on rank 0. A resume drops the rows after the step that it resumes from."""
+    """A CSV file that grows while training does, on rank 0. A resume drops the rows after step `last`."""
 
-    def __init__(self, path, columns, state):
+    def __init__(self, path, columns, state, last):
         self.path, self.columns, self.rows = path, columns, []
         if state.resumed and os.path.exists(path):
             with open(path, newline="", errors="replace") as f:
-                self.rows = [row for row in csv.DictReader(f) if (row["step"] or "").isdigit() and int(row["step"]) <= state.step]
-        with atomic(path) as temporary, open(temporary, "w", newline="") as f:
+                self.rows = [row for row in csv.DictReader(f) if (row["step"] or "").isdigit() and int(row["step"]) <= last]
+        with atomic(path) as temporary, open(temporary, "w", newline="", errors="replace") as f:
             writer = csv.DictWriter(f, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
@@ -185,7 +189,7 @@ class Table:
     def add(self, *rows):
         self.rows = (self.rows + list(rows))[-1000:]
         try:
-            with open(self.path, "a", newline="") as f:
+            with open(self.path, "a", newline="", errors="replace") as f:
                 csv.DictWriter(f, self.columns).writerows(rows)
         except OSError as error:        # a full disk: the weights are worth more than the log
             print(f"warning: {self.path}: {error}; rows are missing there, and training goes on", file=sys.stderr, flush=True)
@@ -199,8 +203,9 @@ class Log:
         if state.ranks.rank:
             return
         path = os.path.join(state.run, "logs", state.name)
-        self.name, self.table, self.columns = state.name, Table(f"{path}.csv", columns, state), columns
-        self.skipped = Table(f"{path}.skipped.csv", ["step", "tar", "sample", "cause"], state)
+        self.name, self.table, self.columns = state.name, Table(f"{path}.csv", columns, state, state.step), columns
+        self.skipped = Table(f"{path}.skipped.csv", ["step", "tar", "sample", "cause"], state,
+                             min((row[0] - 1 for row in state.skipped), default=state.step))       # the checkpoint has those that no row of the log has counted
         self.bar = progress(desc=state.name, total=state.train.steps, initial=state.step)
 
     def skip(self, rows):
@@ -210,7 +215,7 @@ class Log:
     def row(self, **values):
         if self.bar is not None:
             for key, of, times in (("loss", "loss", 1.5), ("norm_max", "grad_norm", 10)):
-                before = sorted(x for row in self.table.rows[-10:] if math.isfinite(x := float(row[of] or "nan")))
+                before = sorted(float(row[of]) for row in self.table.rows[-10:] if re.fullmatch(r"\d+\.\d+", row[of] or ""))       # neither nan nor torn
                 if len(before) >= 5 and float(values[key]) > times * (usual := before[len(before) // 2]):
                     print(f"warning: {self.name}: a spike before step {values['step']}: {key} {float(values[key]):.4g}, where {of} of the rows before has a "
                           f"median of {usual:.4g}", file=sys.stderr, flush=True)
@@ -292,7 +297,7 @@ class _Step:
     def nonfinite(self, positions):
         """What is known of a step without a finite gradient: the samples whose loss is not finite, as this rank sees them."""
         t, loss = (torch.cat(parts).cpu() for parts in zip(*self.samples))
-        found = [(p, f"{float(t[i]):.4f}") for i, p in enumerate(positions) if i < len(t) and not loss[i].isfinite()]
+        found = [(p, f"{float(t[i]):.4f}") for i, p in enumerate(positions) if not loss[i].isfinite()]
         return [f"position {p} (t = {x})" for p, x in found]
 
 
@@ -371,6 +376,7 @@ def steps(state, data, space, config, shown, profile=False):
               + (f"resumed at step {state.step}" if state.resumed else "from the beginning") + (f"\n{state.choice}" if state.choice else ""), flush=True)
     if state.step >= train.steps:
         if ranks.rank == 0:
+            state.mark(FINISHED, state.step)        # it may have been killed before it could
             print(f"{state.name} is finished at step {state.step}; a larger --train.steps would go on")
         return
 
@@ -445,10 +451,10 @@ def steps(state, data, space, config, shown, profile=False):
                         nonfinite=int(state.nonfinite[1]), **timing, **by_t)
             log.update()
             if step.save:
-                state.save(FINISHED if state.step == train.steps else UNFINISHED)
+                state.save(FINISHED if state.step == train.steps and state.exported else UNFINISHED)
             if stopping:
                 break
-        state.finish_saving(last=True)
+        state.finish_saving(last=state.step == train.steps)
     if state.step < train.steps:
         if ranks.rank == 0:
             print(f"{state.name}: stopped by a signal, saved at step {state.step}; run the same command to go on", flush=True)
@@ -458,30 +464,56 @@ def steps(state, data, space, config, shown, profile=False):
 
 @contextlib.contextmanager
 def _ending(state):
-    """A UserError, which the same command would meet again, marks the training as failed: a scheduler's script need not try."""
+    """Ends the watchdog, whatever ended the training."""
     try:
         yield
-    except UserError:
-        with contextlib.suppress(OSError):
-            state.mark(FAILED, state.step)
-        raise
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
+def mark_failures(run, name):
+    """From here on a UserError, which the same command would meet again, marks the training as failed: a scheduler's script need not try."""
+    def mark():
+        path = os.path.join(run, "checkpoints", name, "status")
+        with contextlib.suppress(OSError):
+            step = "0"
+            if os.path.exists(path):
+                with open(path) as f:
+                    step = (f.read().split() or "0")[-1]
+            if os.path.isdir(run):
+                with atomic(path) as temporary, open(temporary, "w") as f:
+                    f.write(f"{FAILED} {step}\n")
+    common.ON_ERROR.append(mark)
+
+
+def stale(path, state):
+    """Whether a finished training's weights are not in their file: it is gone, or older."""
+    if state.step < state.train.steps:
+        return False
+    try:
+        return models.read_info(path)["step"] != state.step
+    except (ValueError, KeyError):
+        return True
+
+
+def patience(train):
+    """How long ranks wait for each other: a rank that waits ends by its own watchdog."""
+    return timedelta(seconds=train.timeout) + timedelta(minutes=1) if train.timeout else timedelta(days=7)
+
+
 def check_finite(state, step, positions):
     """Says which steps were skipped. UserError after train.max_nonfinite in a row. positions: of this rank's samples in the last step."""
-    row, total = map(int, state.nonfinite.tolist())
+    row, total, longest = map(int, state.nonfinite.tolist())
     if total > state.reported and state.ranks.rank == 0:
         print(f"warning: {state.name}: {total - state.reported} steps up to {state.step} had a gradient that is not finite and were skipped", file=sys.stderr, flush=True)
     state.reported = total
-    if row >= state.train.max_nonfinite:
+    if longest >= state.train.max_nonfinite:
         state.finish_saving()       # a checkpoint on its way would be cut short
-        found = sum(gather(step.nonfinite(positions)), [])
-        raise UserError(f"{state.name}: the gradients of {row} steps in a row, up to step {state.step}, are not finite; " + (
-            f"in the last one the losses of {len(found)} samples: {', '.join(found[:5])}" if found else
-            f"the losses of the last one, positions {(state.step - 1) * state.batch} to {state.step * state.batch - 1}, all are")
-            + f". The weights are as they were before; the newest checkpoint is in {state.folder}. A lower train.lr or train.precision = fp32 may help")
+        found = sum(gather(step.nonfinite(positions)), []) if row else []
+        raise UserError(f"{state.name}: the gradients of {longest} steps in a row before step {state.step + 1} are not finite"
+                        + (f"; in the last one the losses of {len(found)} samples: {', '.join(found[:5])}" if found else
+                           f"; the last step had positions {(state.step - 1) * state.batch} to {state.step * state.batch - 1}")
+                        + f". The weights are as they were before; the newest checkpoint is in {state.folder}. A lower train.lr or train.precision = fp32 may help")
 
 
 # ---- pictures while training --------------------------------------------------------------------------------------
