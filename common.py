@@ -150,6 +150,7 @@ LEAST = {"data.size": 1, "data.classes": 1, "data.run": 1, "data.workers": -1, "
          "cluster.router_images": 1, "text.length": 1, "text.vocab": 2, "flow.shift": 0.01, "train.steps": 1, "train.batch": 1,
          "train.log_every": 1, "train.save_every": 1, "train.keep": 1, "train.max_nonfinite": 1, "train.router.steps": 0, "train.student.batch": 0, "sample.steps": 1, "sample.router_temperature": 1e-6,
          "sample.route_every": 1, "plan.gpus": 1, "plan.mfu": 0.001}
+MOST = {"data.max_bad": 1, "data.drop": 1, "cluster.balance": 1}     # and the largest, where it is not infinite
 UMASK = os.umask(0)     # there is no other way to read it, and threads must not do it beside each other
 os.umask(UMASK)
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -222,6 +223,8 @@ def _checked(name, value, entry):
     least = LEAST.get(name, LEAST.get(re.sub(r"^train\.\w+\.", "train.", name), 0))
     if isinstance(value, (int, float)) and not least <= value < math.inf:
         raise UserError(f"{name} = {value!r} must be a number of at least {least}")
+    if name in MOST and value > MOST[name]:
+        raise UserError(f"{name} = {value!r} is a share, which is at most {MOST[name]}")
     return value
 
 

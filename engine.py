@@ -81,15 +81,10 @@ def dispensable(what):
 
 # ---- state --------------------------------------------------------------------------------------------------------
 
-def quiet(function):
-    """torch warns at each checkpoint of a single process that it is one; and 2.13 of broadcast_buffers, whose successor 2.12 lacks."""
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return function(*args, **kwargs)
-    return call
+# torch warns at each checkpoint of a single process that it is one; and 2.13 of broadcast_buffers, whose successor 2.12 lacks. (For good: a filter
+# for the time of a call would not hold in the threads that write.)
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
 
 class State:
@@ -130,7 +125,6 @@ class State:
         if newest:
             self._load(*newest)
 
-    @quiet
     def _build(self, model_config, initial, newest):
         """Never two copies on a GPU: memory is taken shard by shard, and filled from a checkpoint or from rank 0's host memory."""
         train, ranks = self.train, self.ranks
@@ -220,24 +214,27 @@ class State:
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 print(f"warning: {folder} is damaged ({error}): the one before is used", file=sys.stderr, flush=True)
                 continue
-            if "nonfinite" not in state:
-                raise UserError(f"{folder} was made by an earlier version of this project: go on with that one, or delete {self.folder} to start anew")
+            for key, before in (("flow.path", "linear"), ("model.double", 0)):      # checkpoints from before there was a choice
+                state["identity"].setdefault(key, before)
             return folder, state
 
-    @quiet
     def _load(self, folder, state):
-        tensors = self._tensors()
+        tensors, old = self._tensors(), "nonfinite" not in state        # from before the largest norm was among the sums
+        if old:
+            tensors["sums"] = self.sums[1:].clone()
         dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())     # in place, whatever the ranks were
         set_state_dict(self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+        if old:
+            self.sums.copy_(torch.cat([tensors["sums"][:SHOWN - 1], self.sums.new_zeros(1), tensors["sums"][SHOWN - 1:]]))
         if self.ranks.rank:
             self.sums.zero_()       # they were summed over the ranks
         self.step, self.seconds, self.bad = state["step"], state["seconds"], state["bad"]
-        self.device_seconds, self.reported = state["device_seconds"], state["nonfinite"][1]
-        self.nonfinite.copy_(torch.tensor(state["nonfinite"]))
+        self.device_seconds = state.get("device_seconds", 0.0)      # checkpoints from before they were counted
+        self.nonfinite.copy_(torch.tensor(state.get("nonfinite", [0, 0, 0])))
+        self.reported = int(self.nonfinite[1])
         if self.ranks.rank == 0:
-            self.skipped = [tuple(row) for row in state["skipped"]]
+            self.skipped = [tuple(row) for row in state.get("skipped", [])]
 
-    @quiet
     def save(self, status):
         """Copies the state to host memory and writes it from there as a checkpoint, while training goes on; first waits for the former one."""
         self.finish_saving()
