@@ -199,7 +199,8 @@ def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line_and_the_former_
     command("train_expert.py", *flags, "--train.steps", 2)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))        # the model's file is smaller, a checkpoint larger
     done = subprocess.run(command_line("train_expert.py", *flags), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 2 and "checkpoint of step 4 could not be written" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "checkpoint of step 6 could not be written" in done.stderr.splitlines()[-1]
+    assert "checkpoint of step 4 could not be written" in done.stderr and "training goes on" in done.stderr
     assert "resumed at step 2" in command("train_expert.py", *flags).stdout
 
 
