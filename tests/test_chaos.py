@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import engine
 import flow
+import training
 from training import TIMING
 
 FLAGS = ["--shard", 0, "--train.save_every", 4, "--train.log_every", 2, "--data.workers", 0]
@@ -220,3 +222,19 @@ def test_too_many_such_steps_in_a_row_stop_the_training_and_name_step_and_positi
     with mock.patch.object(flow, "expert_loss", nan):
         done = train(run, 40, "--train.max_nonfinite", 3)
     assert done.returncode == 2 and status(run).startswith("failed ")
+
+
+def test_a_spike_of_loss_or_gradient_is_a_warning_also_after_a_resume(tmp_path, capsys):
+    columns = ["step", "loss", "grad_norm", "norm_max", "images_per_s", "mfu", "loss_t0"]
+    state = SimpleNamespace(run=str(tmp_path), name="expert-0", resumed=False, step=0, skipped=[], ranks=SimpleNamespace(rank=0), train=SimpleNamespace(steps=100))
+
+    def add(log, step, loss, norm_max):
+        log.row(step=step, loss=f"{loss:.6f}", grad_norm="1.00000", norm_max=f"{norm_max:.5f}", images_per_s="1", mfu="", loss_t0="")
+        return capsys.readouterr().err
+
+    log = training.Log(state, columns)
+    assert not any("spike" in add(log, step, loss, 2) for step, loss in enumerate([9, 5, 1, 1.1, 0.9, 1, 1.4, float("nan"), 1]))
+    state.resumed, state.step = True, 8
+    log = training.Log(state, columns)
+    assert "a spike before step 9: loss 1.8" in add(log, 9, 1.8, 9)
+    assert "a spike before step 10: norm_max 11" in add(log, 10, 1, 11)
