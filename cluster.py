@@ -117,8 +117,8 @@ def find_centroids(files, counts, fine, config):
 
 
 def balance(clusters, sizes, share):
-    """Moves whole fine clusters (of sizes [F]) from coarse ones with more than `share` of all images, each time the move that costs least: the squared
-    distance to the coarse centroid that it adds, over the images that it moves out of the way. Changes fine_to_coarse; -> what it did, in words.
+    """Moves whole fine clusters (of sizes [F]) from coarse ones with more than `share` of all images, each time the one whose
+    centroid's squared distance to its coarse one grows least. Changes fine_to_coarse; -> what it did, in words.
 
     Not in the paper. UserError where no move is left.
     """

@@ -112,10 +112,8 @@ def scan_tar(path):
             rest = tar.fileobj.read(1 << 20)        # nothing but empty blocks: a hole, or another tar, would end it, too
             if len(rest) >= 512 and rest.count(0) == len(rest):
                 torn = ""
-    except OSError as error:
-        if not isinstance(error, tarfile.TarError):
-            raise       # the file system's fault, not the tar's: what is read now would pass for the whole
-        torn = str(error)
+    except OSError:
+        raise       # the file system's fault, not the tar's: what is read now would pass for the whole
     except Exception as error:      # tarfile raises more than its own kinds on a hostile header
         torn = str(error) or type(error).__name__
     if torn:    # the last sample may lack members: not whole

@@ -276,7 +276,7 @@ class State:
                     shutil.rmtree(f"{old}.tmp")
 
     def finish_saving(self, last=False):
-        """Waits until the last checkpoint is on disk. If it could not be written, all ranks go on and say so, or, if it was to be the last, end with a UserError."""
+        """Waits until the last checkpoint is on disk. If it could not be written, all ranks go on and say so, or, if it was to be the last, end with a UserError. -> whether it was."""
         if self.saving:
             (step, future), self.saving, why = self.saving, None, ""
             try:
@@ -291,6 +291,8 @@ class State:
                     raise UserError(why)
                 if self.ranks.rank == 0:
                     print(f"warning: {why}, and training goes on", file=sys.stderr, flush=True)
+                return False
+        return True
 
     def mark(self, status, step):
         """Tells a scheduler's script how it stands: finished, to be continued (the same command goes on), or failed (it would fail again)."""

@@ -291,7 +291,7 @@ class _Step:
         sums[SHOWN + BINS:].index_add_(0, bins, torch.ones_like(shown))
 
     def update(self):
-        """Clips the gradient, steps AdamW, moves the average; without a finite gradient it changes nothing, and the log counts nothing but that."""
+        """Clips the gradient, steps AdamW, moves the average; without a finite gradient weights and optimiser stay, and the log counts that alone."""
         norm, sums = self.state.update(), self.state.sums
         if self.state.ranks.rank == 0:
             self.sums[2] += norm.double()
@@ -459,10 +459,10 @@ def steps(state, data, space, config, shown, profile=False):
                 state.save(FINISHED if state.step == train.steps and state.exported else UNFINISHED)
             if stopping:
                 break
-        state.finish_saving(last=state.step == train.steps)
+        saved = state.finish_saving(last=state.step == train.steps)
     if state.step < train.steps:
         if ranks.rank == 0:
-            print(f"{state.name}: stopped by a signal, saved at step {state.step}; run the same command to go on", flush=True)
+            print(f"{state.name}: stopped by a signal, {'saved' if saved else 'NOT saved'} at step {state.step}; run the same command to go on", flush=True)
         if "RANK" not in os.environ:        # torchrun would take it for a failure and start again; whoever started it reads the marker
             sys.exit(128 + stop[0])
 
