@@ -4,16 +4,22 @@ An experiment is one TOML file of flat tables. CONFIG below lists every key with
 shows them in use. On the command line a key is `--table.key VALUE`. Nothing is ignored: an unknown key or flag is an error.
 """
 import argparse
+import codecs
 import contextlib
 import difflib
 import errno
+import io
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import tomllib
+import traceback
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -22,7 +28,7 @@ import torch.distributed as dist
 # Default arguments in there hold the process group of the time of the import. transformers imports it, too; if that were after the group is
 # made, the group would outlive its destruction and now and then abort the process at its end (torch 2.13).
 import torch.distributed.nn     # noqa: F401
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 # table -> key -> (default, meaning[, the values allowed])
@@ -171,27 +177,168 @@ ON_ERROR = []       # what a stage wants to be called when it ends with a UserEr
 
 
 def script(main):
-    """Runs a stage's main(); a UserError becomes one line on stderr, from rank 0 alone, and exit code 2."""
+    """Runs a stage's main(); a mistake of the user's becomes one line on stderr, from rank 0 alone, and exit code 2.
+
+    So does whatever the file system refuses. Any other exception prints its traceback. The process group is left only after
+    main() has returned: with NCCL, leaving it is a collective, in which a rank that failed would wait for all the others.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be text
+    others = os.environ.get("RANK", "0") != "0"
     try:
         main()
     except UserError as error:
         for function in ON_ERROR:
             function()
-        rank_0 = os.environ.get("RANK", "0") == "0"
-        if rank_0 or error.local:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if not rank_0:
-            time.sleep(3)       # torchrun ends all ranks when the first has gone: let rank 0 speak first
-        sys.exit(2)
-    except OSError as error:        # a full disk is no mistake in a program
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        print(f"error: {error}: make room, and run the same command to go on", file=sys.stderr, flush=True)
-        sys.exit(2)
+        # ranks other than 0 keep silent about what all of them have met
+        _end(2, f"error: {error}" if error.local or not others else "", after=0 if error.local else 3)
+    except (OSError, UnicodeEncodeError) as error:
+        if line := explain(error):
+            _end(2, f"error: {line}", after=3)      # rank 0 may have met the same
+        _end(1, traceback.format_exc())
+    except KeyboardInterrupt:
+        _end(130, "stopped by Ctrl-C")
+    except Exception:
+        _end(1, traceback.format_exc())
     finally:
         ON_ERROR.clear()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _end(code, text, after=0):
+    """Prints `text` and ends the process; on several ranks without another word to the others, which may wait for this one.
+
+    after: seconds that ranks other than 0 wait with it. torchrun ends them when the first has gone: rank 0 speaks first.
+    """
+    if after and os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(after)
+    if text:
+        print(text.rstrip(), file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    # decoding processes ignore signals, and os._exit calls nothing that would end them
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(code)
+
+
+# ---- what the file system refuses -----------------------------------------------------------------------------------
+
+REMEDIES = {
+    errno.ENOSPC: "make room, and run the same command again",
+    errno.EDQUOT: "the quota is used up: make room, and run the same command again",
+    errno.EROFS: "it is mounted read-only: give a place that can be written to",
+    errno.EACCES: "you lack the right to: change it (chmod, chown), or give another place",
+    errno.EPERM: "you lack the right to: change it (chmod, chown), or give another place",
+    errno.ENOENT: "there is no such file or folder (or it is a link to nothing): look at the path",
+    errno.EISDIR: "it is a folder, where a file is wanted: give another name",
+    errno.ENOTDIR: "a part of this path is a file, where a folder is wanted: give another name",
+    errno.EEXIST: "it is a file, where a folder is wanted: give another name",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "links lead in a circle: look at the path",
+    errno.EMFILE: "raise the number of files that a process may open: ulimit -n 65536",
+    errno.ENFILE: "the machine has too many files open: close other programs",
+    errno.EFBIG: "raise the largest size that a file may have: ulimit -f unlimited",
+    errno.EIO: "the disk or the network file system fails: run the same command again when it works",
+    errno.ESTALE: "the network file system has lost it: run the same command again",
+}
+
+
+def explain(error):
+    """One line for what the file system refused: path, reason and remedy. Empty for an error that is none of this kind."""
+    if isinstance(error, UnicodeEncodeError):
+        return (f"{error.object!r} cannot be written in {error.encoding}: rename it, or use a UTF-8 locale (LANG=C.UTF-8)")
+    path = error.filename if error.filename2 is None else error.filename2
+    if error.errno in REMEDIES and (path is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE)):
+        place = f"{os.fsdecode(path)}: " if isinstance(path, (str, bytes)) else ""
+        return f"{place}{os.strerror(error.errno)}: {REMEDIES[error.errno]}"
+    if path is not None and error.errno:
+        return f"{path}: {error.strerror}"
+    return ""
+
+
+def try_folder(path):
+    """Makes the folder `path` and a file in it, which is removed again. Called before work whose result belongs there: OSError."""
+    os.makedirs(path, exist_ok=True)
+    with atomic(os.path.join(path, ".writable")) as temporary:
+        open(temporary, "wb").close()
+    os.remove(os.path.join(path, ".writable"))
+
+
+# ---- text and JSON --------------------------------------------------------------------------------------------------
+
+BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+        codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}      # UTF-32's before UTF-16's, which they begin with
+
+
+def decode_text(payload):
+    """The bytes of a text file -> str, with \n at the ends of lines. By its byte order mark, UTF-8 without one. ValueError."""
+    mark = next((mark for mark in BOMS if payload.startswith(mark)), b"")
+    text = payload[len(mark):].decode(BOMS.get(mark, "utf-8"))
+    if "\0" in text:
+        raise ValueError("it holds zero bytes; is it UTF-16 without a byte order mark?")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text(path):
+    """The text of a file of the user's, whatever editor wrote it. UserError where it cannot be read, or is no text."""
+    try:
+        with open(path, "rb") as f:
+            return decode_text(f.read())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {explain(error) or error}") from None
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 ({error}); save it as UTF-8") from None
+
+
+def check_shape(value, shape, where=""):
+    """ValueError unless `value`, from a JSON file, has the types of `shape`: a type, {key: shape}, {str: shape} for any keys, [shape]."""
+    name = where or "it"
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is no table")
+        if str in shape:
+            shape = dict.fromkeys(value, shape[str])
+        for key, inner in shape.items():
+            if key not in value:
+                raise ValueError(f"{where}.{key} is missing".lstrip("."))
+            check_shape(value[key], inner, f"{where}.{key}".lstrip("."))
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is no list")
+        for i, inner in enumerate(value):
+            check_shape(inner, shape[0], f"{where}[{i}]")
+    elif not isinstance(value, shape) or isinstance(value, bool) and shape is int:
+        raise ValueError(f"{name} = {str(value)[:40]!r} is no {shape.__name__}")
+    return value
+
+
+def parse_json(text, shape):
+    """JSON -> its value, which has the types of `shape` (check_shape). ValueError, whatever is wrong with it."""
+    try:
+        return check_shape(json.loads(text), shape)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path, shape):
+    """parse_json of a file. ValueError, whatever is wrong with it; FileNotFoundError if there is none."""
+    try:
+        with open(path, "rb") as f:
+            return parse_json(decode_text(f.read()), shape)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(explain(error) or str(error)) from None
+
+
+def write_text(path, text):
+    """Writes a text file, as UTF-8 whatever the locale."""
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
 
 
 # ---- config.toml and flags ----------------------------------------------------------------------------------------
@@ -231,9 +378,8 @@ def _checked(name, value, entry):
 def read_toml(path):
     """-> {"table.key": value} of one config file; UserError on an unknown table or key, or a wrong type."""
     try:
-        with open(path, "rb") as f:
-            tables = tomllib.load(f)
-    except (OSError, ValueError, RecursionError) as error:      # not UTF-8, not TOML, nested to death
+        tables = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:       # not TOML, nested to death
         raise UserError(f"cannot read config {path}: {error}") from None
     values = {}
 
@@ -274,12 +420,12 @@ def flat(config):
 
 
 def write_toml(config, path):
-    with atomic(path) as temporary, open(temporary, "w") as f:
-        values = flat(config)
-        for table, keys in CONFIG.items():
-            f.write(f"[{table}]\n")
-            f.writelines(f"{k} = {json.dumps(values[f'{table}.{k}'], ensure_ascii=False)}\n" for k in keys if f"{table}.{k}" in values)
-            f.write("\n")
+    values, lines = flat(config), []
+    for table, keys in CONFIG.items():
+        lines.append(f"[{table}]")
+        lines += [f"{k} = {json.dumps(values[f'{table}.{k}'], ensure_ascii=False)}" for k in keys if f"{table}.{k}" in values]
+        lines.append("")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def differences(old, new):
@@ -338,26 +484,39 @@ def load_run(run, given, stage="", path=""):
     return make_config(read_toml(path), given)
 
 
+NETWORK = {"name": str}         # what an artifact says of a network, at the least
+CLUSTERING = {"fingerprint": str, "extractor": NETWORK, "seed": int, "assign": str, "inputs": str, "tars": int,
+              "networks": {"autoencoder": NETWORK, "text": NETWORK}}
+MANIFEST = {"fingerprint": str, "tars": {str: {"samples": int, "bytes": int, "sha256": str}}}
+
+
+def read_description(path, shape):
+    """The JSON in a safetensors file's metadata, of the types of `shape` (check_shape). ValueError, whatever is wrong with it."""
+    try:
+        with safe_open(path, framework="np") as f:
+            return parse_json((f.metadata() or {})["nanoddm"], shape)
+    except KeyError:
+        raise ValueError("it says nothing of itself, so it is none of ours") from None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(str(error)) from None
+
+
 def read_clusters(run):
     """What RUN/clusters.safetensors says besides its centroids: the fingerprint that all of the run carries, and the networks meant for it."""
     path = os.path.join(run, "clusters.safetensors")
     try:
-        with safe_open(path, framework="np") as f:
-            return json.loads(f.metadata()["nanoddm"])
-    except Exception as error:      # safetensors raises its own kinds
+        return read_description(path, CLUSTERING)
+    except ValueError as error:
         raise UserError(f"cannot read {path} ({error}): make it with cluster.py --run {run} --data ...") from None
 
 
 def read_manifest(folder):
-    """What RUN/shards/K/manifest.json says: {fingerprint, shard, tars: {NAME.tar: {samples, bytes, sha256, source (bytes of the input tar)}}}."""
+    """What RUN/shards/K/manifest.json says (MANIFEST). UserError where there is none, or it is damaged."""
     path = os.path.join(folder, "manifest.json")
     try:
-        with open(path) as f:
-            manifest = json.load(f)
-        manifest["fingerprint"], [entry["samples"] + entry["bytes"] + entry["source"] + len(entry["sha256"]) for entry in manifest["tars"].values()]
-        return manifest
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path} ({error or type(error).__name__}): copy the folder whole, or make it with cluster.py") from None
+        return read_json(path, MANIFEST)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): copy the folder whole, or make it with cluster.py") from None
 
 
 # ---- ranks and devices --------------------------------------------------------------------------------------------
@@ -474,17 +633,30 @@ def sync(path):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yields a name beside `path` to write to; renames it into place at the end, so that no half-written file is ever seen, even after a loss of power."""
+    """Yields a name beside `path` to write to; renames it into place at the end, so that no half-written file is ever seen, even after a loss of power.
+
+    An OSError names `path`, also where safetensors failed to write, or the write itself did, which knows no name.
+    """
     folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    # threads of one process may write the same file
+    temporary = f"{path}.{os.getpid()}-{threading.get_native_id()}.tmp"
     try:
+        os.makedirs(folder, exist_ok=True)
         yield temporary
         os.chmod(temporary, 0o666 & ~UMASK)     # safetensors would make its files private
         sync(temporary)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):      # some network file systems cannot
             sync(folder)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), path) from None
+    except OSError as error:
+        if error.filename is None or error.filename == temporary:
+            error.filename, error.filename2 = path, None
+        raise
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
