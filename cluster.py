@@ -284,7 +284,7 @@ def main():
     if c.balance and not 1 / K <= c.balance <= 1:
         raise UserError(f"cluster.balance = {c.balance} must be between 1 / {K}, the share of {K} equal clusters, and 1")
     space = pretrained.Space(config)      # found out now, not after hours: can the later stages work with this config?
-    training.model_config(config, "model", space), training.model_config(config, "router", space, K)
+    training.check_config(config, space)
     inputs = hashlib.sha256(json.dumps([(n, os.path.getsize(p)) for n, p in tars.items()]).encode()).hexdigest()[:16]
     clusters_file = os.path.join(args.run, "clusters.safetensors")
     folders = [os.path.join(args.run, "shards", str(k)) for k in [*range(K), "router"]]

@@ -8,6 +8,8 @@ import codecs
 import contextlib
 import difflib
 import errno
+import fcntl
+import glob
 import io
 import json
 import math
@@ -15,11 +17,13 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 import tomllib
 import traceback
+import warnings
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -173,9 +177,6 @@ class UserError(Exception):
         self.local = local
 
 
-ON_ERROR = []       # what a stage wants to be called when it ends with a UserError
-
-
 def script(main):
     """Runs a stage's main(); a mistake of the user's becomes one line on stderr, from rank 0 alone, and exit code 2.
 
@@ -188,25 +189,21 @@ def script(main):
     try:
         main()
     except UserError as error:
-        for function in ON_ERROR:
-            function()
         # ranks other than 0 keep silent about what all of them have met
-        _end(2, f"error: {error}" if error.local or not others else "", after=0 if error.local else 3)
+        end(2, f"error: {error}" if error.local or not others else "", after=0 if error.local else 3)
     except (OSError, UnicodeEncodeError) as error:
         if line := explain(error):
-            _end(2, f"error: {line}", after=3)      # rank 0 may have met the same
-        _end(1, traceback.format_exc())
+            end(2, f"error: {line}", after=3)      # rank 0 may have met the same
+        end(1, traceback.format_exc())
     except KeyboardInterrupt:
-        _end(130, "stopped by Ctrl-C")
+        end(130, "stopped by Ctrl-C")
     except Exception:
-        _end(1, traceback.format_exc())
-    finally:
-        ON_ERROR.clear()
+        end(1, traceback.format_exc())
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _end(code, text, after=0):
+def end(code, text, after=0):
     """Prints `text` and ends the process; on several ranks without another word to the others, which may wait for this one.
 
     after: seconds that ranks other than 0 wait with it. torchrun ends them when the first has gone: rank 0 speaks first.
@@ -311,6 +308,8 @@ def check_shape(value, shape, where=""):
             raise ValueError(f"{name} is no list")
         for i, inner in enumerate(value):
             check_shape(inner, shape[0], f"{where}[{i}]")
+    elif shape is float and type(value) is int:
+        pass        # JSON writes a whole number so
     elif not isinstance(value, shape) or isinstance(value, bool) and shape is int:
         raise ValueError(f"{name} = {str(value)[:40]!r} is no {shape.__name__}")
     return value
@@ -526,28 +525,55 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def _unusable_gpu():
+    """Why a GPU of this machine cannot be used; empty where there is none, or CUDA_VISIBLE_DEVICES hides it on purpose."""
+    if not glob.glob("/proc/driver/nvidia/gpus/*") or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return ""
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is a build without CUDA"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.is_available()
+    return str(caught[0].message).splitlines()[0] if caught else "CUDA finds no device"
+
+
+def _choose_device(device):
+    """What --device says, or the best there is -> torch.device, tried. UserError if it cannot be used."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if re.fullmatch(r"cuda:\d+", device) and "RANK" in os.environ:
+        raise UserError(f"--device {device}: under torchrun each rank has a GPU of its own; say --device cuda, and choose GPUs by CUDA_VISIBLE_DEVICES")
+    if not device and torch.cuda.is_available():
+        device = "cuda"
+    if device == "cuda":
+        device = f"cuda:{local}"
+    try:
+        found = torch.device(device or "cpu")
+        torch.zeros((), device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}", local=local > 0 and torch.cuda.is_available()) from None
+    return found
+
+
 def start(device="", timeout=timedelta(minutes=30)):
     """Joins torchrun's process group, if there is one. -> namespace of rank, world, device (torch.device).
 
     One code path for plain python, one GPU and many: without torchrun rank is 0 and world is 1. timeout: how long the ranks may
-    wait for each other.
+    wait for each other. Rank 0 says which devices they are, and warns of a GPU that stays idle.
     """
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if not device:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{local}"
-    try:
-        device = torch.device(device)
-        torch.zeros((), device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}", local=local > 0 and torch.cuda.is_available()) from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = _choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
+    if rank == 0:
+        name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{cores()} cores, {torch.get_num_threads()} threads a rank"
+        print(f"device: {world} x {chosen.type} ({name}), torch {torch.__version__}", flush=True)
+        if not device and chosen.type == "cpu" and (why := _unusable_gpu()):
+            print(f"warning: this machine has a GPU that cannot be used ({why}): all the work is done by the CPU, many times slower; "
+                  f"--device cuda makes this an error", file=sys.stderr, flush=True)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    return SimpleNamespace(rank=int(os.environ.get("RANK", 0)), world=world, device=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    return SimpleNamespace(rank=rank, world=world, device=chosen)
 
 
 def sum_over_ranks(tensor):
@@ -660,3 +686,94 @@ def atomic(path):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+# ---- who works in a folder ----------------------------------------------------------------------------------------
+
+BEAT = 5            # seconds between two signs of life of a lock's holder
+SILENCE = 20        # seconds without one, after which a holder on another host is dead
+
+
+class Lock:
+    """`with Lock(path, what):` nobody else, on any host that shares the file system, has the lock of this path meanwhile.
+
+    The kernel's lock (flock) ends with its process, whatever killed it. Where hosts do not see each other's, the holder touches
+    the file every few seconds: one that stays untouched is a dead process's. UserError, at once or after SILENCE, if somebody has it.
+    """
+
+    def __init__(self, path, what):
+        self.path, self.what, self.file = path, what, None
+        self.by_kernel = True       # whether the file system knows locks
+
+    def __enter__(self):
+        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        while self.file is None:
+            file = open(self.path, "a+b")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = self._holder(file)
+                file.close()
+                raise UserError(self._taken(holder)) from None
+            except OSError:         # a file system without locks: the signs of life must do
+                self.by_kernel = False
+            if self._is_in_place(file):
+                self.file = file
+            else:           # its holder has just finished, and removed it
+                file.close()
+        try:
+            self._wait_for_silence()
+        except UserError:
+            self.file.close()
+            raise
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self.file.truncate(0)
+        self.file.write(json.dumps(me).encode())
+        self.file.flush()
+        # a forked process would hold the lock for as long as it lives
+        os.register_at_fork(after_in_child=self.file.close)
+        self._done = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self._done.set()
+        with contextlib.suppress(OSError):
+            os.remove(self.path)
+        self.file.close()
+
+    def _beat(self):
+        while not self._done.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def _is_in_place(self, file):
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _holder(self, file):
+        """Who wrote the file -> {host, pid, since}; None if nobody has yet."""
+        file.seek(0)
+        try:
+            return parse_json(file.read().decode(), {"host": str, "pid": int, "since": str})
+        except ValueError:
+            return None
+
+    def _taken(self, holder):
+        by = f"process {holder['pid']} on {holder['host']} since {holder['since']}" if holder else "another process"
+        return f"{self.what} is being worked on by {by} ({self.path}): wait until it has ended, or stop it"
+
+    def _wait_for_silence(self):
+        """UserError if a holder whom the kernel does not know of, on another host, gives a sign of life."""
+        holder = self._holder(self.file)
+        if holder is None or self.by_kernel and holder["host"] == socket.gethostname():
+            return
+        first, until = os.stat(self.path).st_mtime_ns, time.monotonic() + SILENCE
+        print(f"{self.path} is of {holder['host']}: looking for {SILENCE} s whether it is alive there", file=sys.stderr, flush=True)
+        while time.monotonic() < until:
+            time.sleep(min(1, SILENCE / 4))
+            with open(self.path, "rb") as file:     # opened anew, a network file system says the truth
+                if os.fstat(file.fileno()).st_mtime_ns != first:
+                    raise UserError(self._taken(holder))

@@ -91,49 +91,49 @@ def main():
     if there := set(map(str, range(K))) - set(training.find_shards(args.run)):
         raise UserError(f"the student needs all {K} shards, {args.run} lacks {', '.join(sorted(there, key=int))}")
 
-    training.mark_failures(args.run, "student")
-    ranks = start(args.device, training.patience(train))
-    share = batch // ranks.world
-    train.micro_batch = micro = train.micro_batch or math.gcd(share, max(1, batch // K))
-    if batch % ranks.world or share % micro:
-        raise UserError(f"a batch of {batch} on {ranks.world} ranks is {batch / ranks.world:g} each, which must be a multiple of the micro-batch of one "
-                        f"cluster, {micro}: change --train.batch or --train.micro_batch")
-    parts, space = training.open_shards(args.run, [str(k) for k in range(K)], config, train, ranks, clusters, apart=True, verify=args.verify)
-    data = ByCluster(parts, micro, train.steps * batch // micro)
-    if config.autoencoder.name:
-        on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures: missed now, not after hours
-    student_config = training.model_config(config, "model", space)
-    info = training.describe(config, space, clusters) | {"objective": "velocity", "path": "linear", "shard": "student", "init": args.init}
-    teachers = Ensemble(args.run, ranks.device, resident=args.resident, require_all=True)
-    if len(teachers.paths) != K:
-        raise UserError(f"the student needs all {K} experts as teachers, {args.run}/experts has {', '.join(map(str, teachers.paths))}")
-    teachers.check_fits("the student", {"model": vars(student_config), **info})
-    initial, begun = initial_weights(args.run, args.init, student_config) if args.init else (None, {"flops": 0})
-    sizes = sorted(models.parameters(models.ModelConfig(**about["model"])) for about in teachers.infos.values())
-    beside = sum(sizes[-(args.resident or K):]) * teachers.dtype.itemsize
-    state = engine.State(args.run, "student", student_config, train, ranks, config, space, batch, initial, beside, shard="student", init=args.init,
-                         clustering=clusters["fingerprint"], images=len(data), micro_batch=micro,
-                         teachers=" ".join(f"{k}:{about['step']}" for k, about in teachers.infos.items()))
-    # beside its own training, of each image: the forward of its teacher
-    state.image_flops += sum(len(part) * models.flops(models.ModelConfig(**teachers.infos[k]["model"])) for k, part in enumerate(parts)) // len(data)
-    info["init_flops"] = begun["flops"]
+    with training.owned(args.run, "student"):
+        ranks = start(args.device, training.patience(train))
+        share = batch // ranks.world
+        train.micro_batch = micro = train.micro_batch or math.gcd(share, max(1, batch // K))
+        if batch % ranks.world or share % micro:
+            raise UserError(f"a batch of {batch} on {ranks.world} ranks is {batch / ranks.world:g} each, which must be a multiple of the micro-batch of one "
+                            f"cluster, {micro}: change --train.batch or --train.micro_batch")
+        parts, space = training.open_shards(args.run, [str(k) for k in range(K)], config, train, ranks, clusters, apart=True, verify=args.verify)
+        data = ByCluster(parts, micro, train.steps * batch // micro)
+        if config.autoencoder.name:
+            on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures: missed now, not after hours
+        student_config = training.model_config(config, "model", space)
+        info = training.describe(config, space, clusters) | {"objective": "velocity", "path": "linear", "shard": "student", "init": args.init}
+        teachers = Ensemble(args.run, ranks.device, resident=args.resident, require_all=True)
+        if len(teachers.paths) != K:
+            raise UserError(f"the student needs all {K} experts as teachers, {args.run}/experts has {', '.join(map(str, teachers.paths))}")
+        teachers.check_fits("the student", {"model": vars(student_config), **info})
+        initial, begun = initial_weights(args.run, args.init, student_config) if args.init else (None, {"flops": 0})
+        sizes = sorted(models.parameters(models.ModelConfig(**about["model"])) for about in teachers.infos.values())
+        beside = sum(sizes[-(args.resident or K):]) * teachers.dtype.itemsize
+        state = engine.State(args.run, "student", student_config, train, ranks, config, space, batch, initial, beside, shard="student", init=args.init,
+                             clustering=clusters["fingerprint"], images=len(data), micro_batch=micro,
+                             teachers=" ".join(f"{k}:{about['step']}" for k, about in teachers.infos.items()))
+        # beside its own training, of each image: the forward of its teacher
+        state.image_flops += sum(len(part) * models.flops(models.ModelConfig(**teachers.infos[k]["model"])) for k, part in enumerate(parts)) // len(data)
+        info["init_flops"] = begun["flops"]
 
-    path = os.path.join(args.run, "student.safetensors")
-    for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
-        first = (state.step * batch + ranks.rank * share) // micro      # this rank's first micro-batch of the step
-        for m, b in enumerate(step.batches(), first):
-            t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
-            c = models.drop_condition(state.model.config, b.c, b.drop < config.data.drop)
-            teacher = lambda x_t, t, c: teachers.expert_velocity(int(data.cluster[m]), x_t, t, c)
-            loss = flow.distillation_loss(step.model, teacher, b.x_0, c, t, b.eps)        # [B], section 3.6
-            step.backward(loss, t)
-        step.update()
-        if step.save:
-            state.export(path, state.step * batch, **info)
-        if step.sample:
-            training.save_samples(state, config, data, space)
-    if training.stale(path, state):        # the last export failed, or its file is gone
-        state.export(path, state.step * batch, last=True, **info)
+        path = os.path.join(args.run, "student.safetensors")
+        for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
+            first = (state.step * batch + ranks.rank * share) // micro      # this rank's first micro-batch of the step
+            for m, b in enumerate(step.batches(), first):
+                t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
+                c = models.drop_condition(state.model.config, b.c, b.drop < config.data.drop)
+                teacher = lambda x_t, t, c: teachers.expert_velocity(int(data.cluster[m]), x_t, t, c)
+                loss = flow.distillation_loss(step.model, teacher, b.x_0, c, t, b.eps)        # [B], section 3.6
+                step.backward(loss, t)
+            step.update()
+            if step.save:
+                state.export(path, state.step * batch, **info)
+            if step.sample:
+                training.save_samples(state, config, data, space)
+        if training.stale(path, state):        # the last export failed, or its file is gone
+            state.export(path, state.step * batch, last=True, **info)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,11 +31,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import model as models
 import networks
 import plan
-from common import UserError, atomic, barrier, broadcast, differences, flat, gather, on_rank_0, sum_over_ranks, sync
+from common import UserError, barrier, broadcast, differences, flat, gather, on_rank_0, read_json, read_text, sum_over_ranks, sync, write_text
 
 BINS = 5            # of t in [0,1], in the log
 SHOWN = 6           # where in the sums the bins begin
 FINISHED, UNFINISHED, FAILED = "finished", "to be continued", "failed"
+# state.json of a checkpoint
+STATE = {"step": int, "seconds": float, "device_seconds": float, "bad": int, "nonfinite": [float], "skipped": [list],
+         "identity": dict, "files": {str: int}}
 
 
 # ---- blocks: activation checkpointing and compilation -----------------------------------------------------------------
@@ -85,6 +89,27 @@ def dispensable(what):
 # for the time of a call would not hold in the threads that write.)
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+
+
+_marking = threading.Lock()
+
+
+def mark(folder, status, step=None, begins=False):
+    """Tells a scheduler's script how the training in RUN/checkpoints/NAME stands, in its file `status`: finished, to be continued (the
+    same command goes on), or failed (it would fail again), and at which step (None: as it says already).
+
+    What has failed stays so, whatever a thread is still writing, until a training `begins` anew.
+    """
+    path = os.path.join(folder, "status")
+    with _marking:
+        said = ""
+        if os.path.exists(path):
+            said = read_text(path).strip()
+        if said.startswith(FAILED) and status != FAILED and not begins:
+            return
+        if step is None:
+            step = said.rpartition(" ")[2] or 0
+        write_text(path, f"{status} {step}\n")
 
 
 class State:
@@ -206,34 +231,25 @@ class State:
         """-> (folder, what its state.json says) of the newest checkpoint that is whole, if there is one; a damaged one is named and passed over."""
         for folder in reversed(self.checkpoints()):
             try:
-                with open(os.path.join(folder, "state.json")) as f:
-                    state = json.load(f)
-                if damaged := [name for name, size in state.get("files", {}).items() if os.path.getsize(os.path.join(folder, name)) != size]:
+                state = read_json(os.path.join(folder, "state.json"), STATE)
+                if damaged := [name for name, size in state["files"].items() if os.path.getsize(os.path.join(folder, name)) != size]:
                     raise ValueError(f"{damaged[0]} has another size")
-                state["identity"].items(), state["step"], state["seconds"]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                return folder, state
+            except (OSError, ValueError) as error:
                 print(f"warning: {folder} is damaged ({error}): the one before is used", file=sys.stderr, flush=True)
-                continue
-            for key, before in (("flow.path", "linear"), ("model.double", 0)):      # checkpoints from before there was a choice
-                state["identity"].setdefault(key, before)
-            return folder, state
 
     def _load(self, folder, state):
-        tensors, old = self._tensors(), "nonfinite" not in state        # from before the largest norm was among the sums
-        if old:
-            tensors["sums"] = self.sums[1:].clone()
+        tensors = self._tensors()
         dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())     # in place, whatever the ranks were
         set_state_dict(self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
-        if old:
-            self.sums.copy_(torch.cat([tensors["sums"][:SHOWN - 1], self.sums.new_zeros(1), tensors["sums"][SHOWN - 1:]]))
         if self.ranks.rank:
             self.sums.zero_()       # they were summed over the ranks
         self.step, self.seconds, self.bad = state["step"], state["seconds"], state["bad"]
-        self.device_seconds = state.get("device_seconds", 0.0)      # checkpoints from before they were counted
-        self.nonfinite.copy_(torch.tensor(state.get("nonfinite", [0, 0, 0])))
+        self.device_seconds = state["device_seconds"]
+        self.nonfinite.copy_(torch.tensor(state["nonfinite"]))
         self.reported = int(self.nonfinite[1])
         if self.ranks.rank == 0:
-            self.skipped = [tuple(row) for row in state.get("skipped", [])]
+            self.skipped = [tuple(row) for row in state["skipped"]]
 
     def save(self, status):
         """Copies the state to host memory and writes it from there as a checkpoint, while training goes on; first waits for the former one."""
@@ -260,13 +276,12 @@ class State:
         """
         future.result()
         state["files"] = {name: os.path.getsize(os.path.join(f"{place}.tmp", name)) for name in sorted(os.listdir(f"{place}.tmp"))}
-        with atomic(os.path.join(f"{place}.tmp", "state.json")) as temporary, open(temporary, "w") as f:
-            json.dump(state, f, indent=1)
+        write_text(os.path.join(f"{place}.tmp", "state.json"), json.dumps(state, indent=1))
         if os.path.exists(place):       # a damaged one that was passed over
             shutil.rmtree(place)
         os.rename(f"{place}.tmp", place)
         sync(self.folder)
-        self.mark(status, state["step"])
+        mark(self.folder, status, state["step"])
         there = self.checkpoints()
         newest = there.index(place)     # later ones are damaged and were passed over
         for old in there[:max(0, newest + 1 - self.train.keep)] + there[newest + 1:]:
@@ -274,6 +289,18 @@ class State:
                 with contextlib.suppress(OSError):
                     os.rename(old, f"{old}.tmp")        # half deleted, it is no checkpoint any more
                     shutil.rmtree(f"{old}.tmp")
+
+    def set_aside(self, after):
+        """Rank 0: checkpoints of steps after `after` are not resumed from any more, as step-N.not-finite. -> (newest that is left or None, those)"""
+        kept, aside = None, []
+        for folder in self.checkpoints():
+            if int(folder[-8:]) <= after:
+                kept = folder
+                continue
+            shutil.rmtree(f"{folder}.not-finite", ignore_errors=True)
+            os.rename(folder, f"{folder}.not-finite")
+            aside.append(folder)
+        return kept, aside
 
     def finish_saving(self, last=False):
         """Waits until the last checkpoint is on disk. If it could not be written, all ranks go on and say so, or, if it was to be the last, end with a UserError. -> whether it was."""
@@ -293,11 +320,6 @@ class State:
                     print(f"warning: {why}, and training goes on", file=sys.stderr, flush=True)
                 return False
         return True
-
-    def mark(self, status, step):
-        """Tells a scheduler's script how it stands: finished, to be continued (the same command goes on), or failed (it would fail again)."""
-        with atomic(os.path.join(self.folder, "status")) as temporary, open(temporary, "w") as f:
-            f.write(f"{status} {step}\n")
 
     def export(self, path, images, /, last=False, **info):
         """Writes the averaged weights as a model file. All ranks call it: sharded ones are gathered one by one, into rank 0's host memory.
@@ -319,4 +341,4 @@ class State:
         if last and not self.exported:
             raise UserError(f"{path} could not be written: make room, and run the same command again")
         if last and self.ranks.rank == 0:
-            self.mark(FINISHED, self.step)
+            mark(self.folder, FINISHED, self.step)

@@ -43,29 +43,29 @@ def main():
     if args.shard == "all" and len(there) < K:
         raise UserError(f"the monolith needs all {K} shards, {args.run}/shards has {', '.join(there) or 'none'}")
 
-    training.mark_failures(args.run, name)
-    ranks = start(args.device, training.patience(train))
-    data, space = training.open_shards(args.run, there if args.shard == "all" else [args.shard], config, train, ranks, clusters, verify=args.verify)
-    if space.config.autoencoder.name:
-        on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
-    state = engine.State(args.run, name, training.model_config(config, "model", space), train, ranks, config, space, batch,
-                         shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
-    info = training.describe(config, space, clusters) | {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
+    with training.owned(args.run, name):
+        ranks = start(args.device, training.patience(train))
+        data, space = training.open_shards(args.run, there if args.shard == "all" else [args.shard], config, train, ranks, clusters, verify=args.verify)
+        if space.config.autoencoder.name:
+            on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
+        state = engine.State(args.run, name, training.model_config(config, "model", space), train, ranks, config, space, batch,
+                             shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
+        info = training.describe(config, space, clusters) | {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
 
-    path = os.path.join(args.run, "experts", f"{args.shard}.safetensors")
-    for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
-        for b in step.batches():
-            t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
-            c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)
-            loss = flow.expert_loss(step.model, b.x_0, c, t, b.eps, config.flow.objective, config.flow.path)      # [B], eq. 6
-            step.backward(loss, t)
-        step.update()
-        if step.save:
-            state.export(path, state.step * batch, **info)
-        if step.sample:
-            training.save_samples(state, config, data, space)
-    if training.stale(path, state):        # the last export failed, or its file is gone
-        state.export(path, state.step * batch, last=True, **info)
+        path = os.path.join(args.run, "experts", f"{args.shard}.safetensors")
+        for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
+            for b in step.batches():
+                t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
+                c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)
+                loss = flow.expert_loss(step.model, b.x_0, c, t, b.eps, config.flow.objective, config.flow.path)      # [B], eq. 6
+                step.backward(loss, t)
+            step.update()
+            if step.save:
+                state.export(path, state.step * batch, **info)
+            if step.sample:
+                training.save_samples(state, config, data, space)
+        if training.stale(path, state):        # the last export failed, or its file is gone
+            state.export(path, state.step * batch, last=True, **info)
 
 
 if __name__ == "__main__":

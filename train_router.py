@@ -40,24 +40,24 @@ def main():
         return plan.report("router", set_steps(train, config, training.plan_space(args, config)), train, train.batch, config.plan)
     clusters = read_clusters(args.run)
 
-    training.mark_failures(args.run, "router")
-    ranks = start(args.device, training.patience(train))
-    data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters, labelled=True, verify=args.verify)
-    state = engine.State(args.run, "router", set_steps(train, config, space), train, ranks, config, space, train.batch, clustering=clusters["fingerprint"], images=len(data))
-    info = training.describe(config, space, clusters)
+    with training.owned(args.run, "router"):
+        ranks = start(args.device, training.patience(train))
+        data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters, labelled=True, verify=args.verify)
+        state = engine.State(args.run, "router", set_steps(train, config, space), train, ranks, config, space, train.batch, clustering=clusters["fingerprint"], images=len(data))
+        info = training.describe(config, space, clusters)
 
-    path = os.path.join(args.run, "router.safetensors")
-    for step in training.steps(state, data, space, config, shown="acc", profile=args.profile):
-        for b in step.batches():
-            # uniform on [0,1], whatever the experts' density: the answer at t = 1 matters most
-            c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)
-            loss, right = flow.router_loss(step.model, b.x_0, b.k, c, b.u, b.eps)        # [B], algorithm 1
-            step.backward(loss, b.u, right)
-        step.update()
-        if step.save:
-            state.export(path, state.step * train.batch, **info)
-    if training.stale(path, state):        # the last export failed, or its file is gone
-        state.export(path, state.step * train.batch, last=True, **info)
+        path = os.path.join(args.run, "router.safetensors")
+        for step in training.steps(state, data, space, config, shown="acc", profile=args.profile):
+            for b in step.batches():
+                # uniform on [0,1], whatever the experts' density: the answer at t = 1 matters most
+                c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)
+                loss, right = flow.router_loss(step.model, b.x_0, b.k, c, b.u, b.eps)        # [B], algorithm 1
+                step.backward(loss, b.u, right)
+            step.update()
+            if step.save:
+                state.export(path, state.step * train.batch, **info)
+        if training.stale(path, state):        # the last export failed, or its file is gone
+            state.export(path, state.step * train.batch, last=True, **info)
 
 
 if __name__ == "__main__":

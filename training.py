@@ -21,9 +21,11 @@ import glob
 import hashlib
 import math
 import multiprocessing
+import multiprocessing.queues
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -34,6 +36,7 @@ from types import SimpleNamespace
 import torch
 
 import common
+import ensemble
 import flow
 import model as models
 import networks
@@ -41,7 +44,7 @@ import plan
 import pretrained
 from common import UserError, atomic, barrier, cores, differences, gather, progress, sum_over_ranks
 from data import TarDataset, collate, index_tar, mix, picture_grid, to_tensor
-from engine import BINS, FAILED, FINISHED, SHOWN, UNFINISHED, dispensable
+from engine import BINS, FAILED, FINISHED, SHOWN, UNFINISHED, dispensable, mark
 
 
 TIMING = ("images_per_s", "mfu", "wait", "memory_gb")       # columns of the log: MFU where the device's peak is known; share of the time spent waiting for data
@@ -96,6 +99,24 @@ def model_config(config, table, space, clusters=0):
         return models.ModelConfig(space.size, space.channels, condition=config.data.condition, clusters=clusters, **condition, **shape)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_config(config, space):
+    """UserError for whatever can be known of a config to be wrong before there is any data, in any of the stages: found out now, not after days."""
+    K, train = config.cluster.experts, config.train
+    if train.batch % K:
+        raise UserError(f"train.batch = {train.batch} is the whole ensemble's and must be a multiple of cluster.experts = {K}, which share it")
+    model_config(config, "model", space)
+    model_config(config, "router", space, K)
+    student = stage_config(config, "student")
+    batch = student.batch or max(1, train.batch // 4)
+    if student.micro_batch and batch % student.micro_batch:
+        raise UserError(f"the student's batch of {batch} must be a multiple of train.student.micro_batch = {student.micro_batch}")
+    ensemble.check_settings(config.sample, {})
+    strategy, number = ensemble.check_strategy(config.sample.strategy)
+    most = K - 1 if strategy == "oracle" else K
+    if strategy in ("top", "sample", "oracle") and number > most:
+        raise UserError(f"sample.strategy = {config.sample.strategy!r}: there are cluster.experts = {K} experts, so the number is at most {most}")
 
 
 def describe(config, space, clusters):
@@ -184,9 +205,9 @@ class Table:
     def __init__(self, path, columns, state, last):
         self.path, self.columns, self.rows = path, columns, []
         if state.resumed and os.path.exists(path):
-            with open(path, newline="", errors="replace") as f:
+            with open(path, encoding="utf-8", newline="", errors="replace") as f:
                 self.rows = [row for row in csv.DictReader(f) if (row["step"] or "").isdigit() and int(row["step"]) <= last]
-        with atomic(path) as temporary, open(temporary, "w", newline="", errors="replace") as f:
+        with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="", errors="replace") as f:
             writer = csv.DictWriter(f, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
@@ -194,7 +215,7 @@ class Table:
     def add(self, *rows):
         self.rows = (self.rows + list(rows))[-1000:]
         try:
-            with open(self.path, "a", newline="", errors="replace") as f:
+            with open(self.path, "a", encoding="utf-8", newline="", errors="replace") as f:
                 csv.DictWriter(f, self.columns).writerows(rows)
         except OSError as error:        # a full disk: the weights are worth more than the log
             print(f"warning: {self.path}: {error}; rows are missing there, and training goes on", file=sys.stderr, flush=True)
@@ -240,11 +261,51 @@ class Log:
 
 # ---- the loop -----------------------------------------------------------------------------------------------------
 
+class _Stopping:
+    """SIGTERM and Ctrl-C, which end a training after its step. A wait for data that lasts is not waited for: `wait` raises Interrupted."""
+
+    PATIENCE = 5        # seconds that a batch may take once a signal has come
+
+    class Interrupted(BaseException):       # no `except Exception` on the way holds it up
+        pass
+
+    def __init__(self):
+        self.number, self.since = 0, None       # the signal; when the present wait began
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGALRM, self._look)
+
+    def _stop(self, number, frame):
+        self.number = self.number or number
+        self._look()
+
+    def _look(self, *_):
+        if self.number and self.since is not None:
+            left = self.PATIENCE - (time.monotonic() - self.since)
+            if left <= 0:
+                raise self.Interrupted
+            signal.setitimer(signal.ITIMER_REAL, left)
+
+    @contextlib.contextmanager
+    def wait(self):
+        self.since = time.monotonic()
+        try:
+            self._look()
+            yield
+        finally:
+            self.since = None
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 class _Step:
-    def __init__(self, state, loader, space, micro_batches, share, autocast):
-        self.state, self.loader, self.space, self.count, self.share, self.autocast = state, loader, space, micro_batches, share, autocast
+    def __init__(self, state, loader, space, stopping, micro_batches, share, autocast):
+        self.state, self.loader, self.space, self.stopping = state, loader, space, stopping
+        self.count, self.share, self.autocast = micro_batches, share, autocast
+        self.save = self.sample = False
+        self.abandoned = False  # a signal ended the wait for its data: it never happened
         self.waited = 0.0       # seconds, for data
         self.sums = torch.zeros_like(state.sums)
+        self.bad = []           # (tar, name, cause) of samples that could not be used
         self.samples = []       # (t, loss) of each micro-batch, to say which of them were not finite
 
     def batches(self):
@@ -256,13 +317,14 @@ class _Step:
         for i in range(self.count):
             since = time.perf_counter()
             try:
-                batch = next(self.loader)
-            except UserError as error:      # a decoding process adds its traceback
-                raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "), local=True) from None
+                with self.stopping.wait():
+                    batch = self._next()
+            except _Stopping.Interrupted:
+                self.abandoned = True
+                return
             self.waited += time.perf_counter() - since
-            self.state.sums[4] += len(batch["bad"])
             for tar, name, cause in batch["bad"]:
-                self.state.skipped.append((self.state.step + 1, tar, name, cause))
+                self.bad.append((tar, name, cause))
                 self.state.warned += 1
                 if self.state.warned <= 20:
                     print(f"warning: {tar}: {name}: {cause}; another takes its place"
@@ -273,6 +335,18 @@ class _Step:
             batch.x_0 = self.space.x_0(batch.x, getattr(batch, "post", None)) if batch.x.dtype == torch.uint8 else batch.x
             self.state.synchronise_gradients(i == self.count - 1)
             yield batch
+
+    def _next(self):
+        """The loader's next batch. UserError of this rank alone where a decoding process has died, or met one."""
+        try:
+            return next(self.loader)
+        except UserError as error:      # a decoding process adds its traceback
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "), local=True) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(f"a decoding process has died ({str(error).splitlines()[0]}), for want of shared memory (/dev/shm) or of memory, or killed: "
+                            f"fewer --data.workers (0: none), or more room", local=True) from None
 
     def model(self, x_t, t, c):
         with self.autocast:
@@ -291,13 +365,23 @@ class _Step:
         sums[SHOWN + BINS:].index_add_(0, bins, torch.ones_like(shown))
 
     def update(self):
-        """Clips the gradient, steps AdamW, moves the average; without a finite gradient weights and optimiser stay, and the log counts that alone."""
+        """Clips the gradient, steps AdamW, moves the average; without a finite gradient weights and optimiser stay, and the log counts that alone.
+
+        Nothing is saved after a step that was skipped: the weights may be ruined.
+        """
+        if self.abandoned:
+            self.save = self.sample = False
+            return
         norm, sums = self.state.update(), self.state.sums
+        sums[4] += len(self.bad)
+        self.state.skipped += [(self.state.step, *row) for row in self.bad]
         if self.state.ranks.rank == 0:
             self.sums[2] += norm.double()
             self.sums[3] += 1
             sums[5] = torch.where(norm.isfinite(), sums[5].maximum(norm.double()), sums[5])
         sums += torch.where(norm.isfinite(), self.sums, 0)
+        if self.save and not norm.isfinite():       # the only wait for the device, in steps that save
+            self.save = False
 
     def nonfinite(self, positions):
         """What is known of a step without a finite gradient: the samples whose loss is not finite, as this rank sees them."""
@@ -327,10 +411,35 @@ def _end_with_torchrun():
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _ignore_signals(_):
-    """Decoding processes leave SIGTERM and Ctrl-C to their rank, which finishes its step and still needs them."""
+def _prepare_worker(_):
+    """Decoding processes leave SIGTERM and Ctrl-C to their rank, which finishes its step and still needs them.
+
+    A batch that cannot be sent, for want of shared memory, ends its process, and so the training: torch would drop it, and wait for it for ever.
+    """
+    def end(error, batch):
+        print(f"a decoding process could not hand over a batch: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)
+
+
+AHEAD = 4           # batches that each decoding process has ready
+
+
+def check_shared_memory(data, position, micro, workers):
+    """UserError unless the batches that this node's decoding processes hand over fit into /dev/shm. position: of a sample, which all are like."""
+    if not workers or not os.path.isdir("/dev/shm"):
+        return
+    tensors = [value for value in collate([data[position]]).values() if isinstance(value, torch.Tensor)]
+    page = 4096
+    batch = sum(-(-tensor.nbytes * micro // page) * page for tensor in tensors)
+    need = batch * (AHEAD * workers + 1) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = shutil.disk_usage("/dev/shm").free
+    if free < need:
+        raise UserError(f"the shared memory /dev/shm has {free / 1e6:.3g} MB free, and {workers} decoding processes a rank put up to {need / 1e6:.3g} MB there: make it "
+                        f"larger (docker run --shm-size 8g), or take fewer --data.workers (0: none)", local=True)
 
 
 def positions(first, last, batch, rank, world, micro):
@@ -381,55 +490,58 @@ def steps(state, data, space, config, shown, profile=False):
               + (f"resumed at step {state.step}" if state.resumed else "from the beginning") + (f"\n{state.choice}" if state.choice else ""), flush=True)
     if state.step >= train.steps:
         if ranks.rank == 0:
-            state.mark(FINISHED, state.step)        # it may have been killed before it could
+            mark(state.folder, FINISHED, state.step, begins=True)       # it may have been killed before it could
             print(f"{state.name} is finished at step {state.step}; a larger --train.steps would go on")
         return
 
     if ranks.rank == 0:
-        state.mark(UNFINISHED, state.step)
+        mark(state.folder, UNFINISHED, state.step, begins=True)
     workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, cores() // ranks.world - 1))
     # a fork shares the index; and when this process fails, nobody else stops decoding processes that ignore signals
     fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
     atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
     cuda = ranks.device.type == "cuda"
+    check_shared_memory(data, state.step * batch, micro, workers)
+    stopping = _Stopping()
     loader = iter(torch.utils.data.DataLoader(
         data, batch_sampler=positions(state.step, train.steps, batch, ranks.rank, ranks.world, micro), num_workers=workers,
-        collate_fn=collate, worker_init_fn=_ignore_signals, multiprocessing_context=fork, pin_memory=cuda,
-        prefetch_factor=4 if workers else None))
+        collate_fn=collate, worker_init_fn=_prepare_worker, multiprocessing_context=fork, pin_memory=cuda,
+        prefetch_factor=AHEAD if workers else None))
     _end_with_torchrun()        # a thread: only now that the decoding processes have been forked
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=state.bf16)
     peak = plan.peak_flops(torch.cuda.get_device_name(), state.bf16) if cuda else None
     if cuda and not peak and ranks.rank == 0:
         print(f"warning: the peak rate of {torch.cuda.get_device_name()!r} is not known, so the log has no MFU: plan.py has the table", file=sys.stderr)
 
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stop.append(number))
     log = Log(state, ["step", "time", "device_hours", "loss", "lr", "grad_norm", "norm_max", *TIMING, "images", "flops", "bad", "nonfinite"]
               + [f"{shown}_t{i}" for i in range(BINS)])
     state.model.train()
-    since, images, waited = time.monotonic(), 0, 0.0
+    since, images, waited, due = time.monotonic(), 0, 0.0, False
     profiler = _profiler(state) if profile and ranks.rank == 0 else contextlib.nullcontext()
     with contextlib.closing(log), profiler, _ending(state):
         while state.step < train.steps:
             if train.timeout:       # a thread of C, which no hanging call can hold up: it prints where all threads are, and ends the process
                 faulthandler.dump_traceback_later(train.timeout, exit=True, file=2)
-            step = _Step(state, loader, space, count, batch / ranks.world, autocast)
+            step = _Step(state, loader, space, stopping, count, batch / ranks.world, autocast)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr = learning_rate(train, state.step)
                 group["weight_decay"] = train.weight_decay      # a checkpoint brings its own
             # known before the step, so that all ranks do the same; the sum is through gloo and waits for no GPU
-            stopping = bool(sum_over_ranks(torch.tensor(float(len(stop)))))
-            step.save = (state.step + 1) % train.save_every == 0 or state.step + 1 == train.steps or stopping
+            last = bool(sum_over_ranks(torch.tensor(float(stopping.number > 0))))
+            due = due or last or (state.step + 1) % train.save_every == 0 or state.step + 1 == train.steps
+            step.save = due
             step.sample = train.sample_every and (state.step + 1) % train.sample_every == 0 or state.step + 1 == train.steps
             yield step
 
+            if step.abandoned:
+                break
+            due = due and not step.save     # after a step that was skipped nothing is saved, but after the next good one
             images, waited = images + batch, waited + step.waited
             if profile and ranks.rank == 0:
                 profiler.step()
             logging = state.step % train.log_every == 0 or state.step == train.steps
-            if logging or step.save or state.step % train.max_nonfinite == 0:
-                check_finite(state, step, sum(positions(state.step - 1, state.step, batch, ranks.rank, ranks.world, micro), []))
+            if logging or step.save or due or state.step % train.max_nonfinite == 0:
+                check_finite(state, log, step, sum(positions(state.step - 1, state.step, batch, ranks.rank, ranks.world, micro), []))
             if logging:
                 total = sum_over_ranks(state.sums.clone()).tolist()
                 state.sums.zero_()
@@ -457,14 +569,18 @@ def steps(state, data, space, config, shown, profile=False):
             log.update()
             if step.save:
                 state.save(FINISHED if state.step == train.steps and state.exported else UNFINISHED)
-            if stopping:
+            if last and step.save:
                 break
+        if step.abandoned and ranks.world > 1:
+            common.end(1, f"{state.name}: stopped by a signal while waiting for data, NOT saved at step {state.step}; run the same command to resume")
+        if step.abandoned:      # the state is that of the step before
+            state.save(UNFINISHED)
         saved = state.finish_saving(last=state.step == train.steps)
     if state.step < train.steps:
         if ranks.rank == 0:
-            print(f"{state.name}: stopped by a signal, {'saved' if saved else 'NOT saved'} at step {state.step}; run the same command to go on", flush=True)
+            print(f"{state.name}: stopped by a signal, {'saved' if saved else 'NOT saved'} at step {state.step}; run the same command to resume", flush=True)
         if "RANK" not in os.environ:        # torchrun would take it for a failure and start again; whoever started it reads the marker
-            sys.exit(128 + stop[0])
+            sys.exit(128 + stopping.number)
 
 
 @contextlib.contextmanager
@@ -476,19 +592,27 @@ def _ending(state):
         faulthandler.cancel_dump_traceback_later()
 
 
-def mark_failures(run, name):
-    """From here on a UserError, which the same command would meet again, marks the training as failed: a scheduler's script need not try."""
-    def mark():
-        path = os.path.join(run, "checkpoints", name, "status")
-        with contextlib.suppress(OSError):
-            step = "0"
-            if os.path.exists(path):
-                with open(path) as f:
-                    step = (f.read().split() or "0")[-1]
-            if os.path.isdir(run):
-                with atomic(path) as temporary, open(temporary, "w") as f:
-                    f.write(f"{FAILED} {step}\n")
-    common.ON_ERROR.append(mark)
+@contextlib.contextmanager
+def owned(run, name):
+    """For the time of a training, nobody else trains `name` of this run, and a UserError, which the same command would meet again,
+    marks it as failed: a scheduler's script need not try.
+
+    Its places of output are tried first, on rank 0, which has the lock. UserError, OSError.
+    """
+    if not os.path.isdir(run):
+        raise UserError(f"there is no run at {run}: make it with cluster.py --run {run} --data ...")
+    folder = os.path.join(run, "checkpoints", name)
+    with contextlib.ExitStack() as held:
+        if os.environ.get("RANK", "0") == "0":
+            for place in (folder, *(os.path.join(run, part) for part in ("logs", "samples", "experts"))):
+                common.try_folder(place)
+            held.enter_context(common.Lock(os.path.join(folder, "lock"), f"{name} of {run}"))
+        try:
+            yield
+        except UserError:
+            with contextlib.suppress(OSError):
+                mark(folder, FAILED)
+            raise
 
 
 def stale(path, state):
@@ -506,19 +630,47 @@ def patience(train):
     return timedelta(seconds=train.timeout) + timedelta(minutes=1) if train.timeout else timedelta(days=7)
 
 
-def check_finite(state, step, positions):
-    """Says which steps were skipped. UserError after train.max_nonfinite in a row. positions: of this rank's samples in the last step."""
+def last_good_step(rows, before):
+    """The step up to which a training was well that has no finite gradient from step `before` on. rows: of its log.
+
+    Not the step just before, with whose weights all that followed was not finite; nor any since the loss rose to three times its best.
+    """
+    losses = []
+    for row in rows:
+        if int(row["step"]) < before and re.fullmatch(r"\d+\.\d+", row["loss"] or ""):
+            losses.append((int(row["step"]), float(row["loss"])))
+
+    good = before - 2
+    best = min((loss for _, loss in losses), default=0)
+    while losses and losses[-1][1] > 3 * best:
+        losses.pop()
+        good = min(good, losses[-1][0])
+    return good
+
+
+def check_finite(state, log, step, positions):
+    """Says which steps were skipped. UserError after train.max_nonfinite in a row, or at the end; checkpoints of ruined weights are set aside first.
+
+    positions: of this rank's samples in the last step.
+    """
     row, total, longest = map(int, state.nonfinite.tolist())
     if total > state.reported and state.ranks.rank == 0:
         print(f"warning: {state.name}: {total - state.reported} steps up to {state.step} had a gradient that is not finite and were skipped", file=sys.stderr, flush=True)
     state.reported = total
-    if longest >= state.train.max_nonfinite:
-        state.finish_saving()       # a checkpoint on its way would be cut short
-        found = sum(gather(step.nonfinite(positions)), []) if row else []
-        raise UserError(f"{state.name}: the gradients of {longest} steps in a row before step {state.step + 1} are not finite"
-                        + (f"; in the last one the losses of {len(found)} samples: {', '.join(found[:5])}" if found else
-                           f"; the last step had positions {(state.step - 1) * state.batch} to {state.step * state.batch - 1}")
-                        + f". The weights are as they were before; the newest checkpoint is in {state.folder}. A lower train.lr or train.precision = fp32 may help")
+    if longest < state.train.max_nonfinite and not (row and state.step == state.train.steps):
+        return
+    state.finish_saving()       # a checkpoint on its way would be cut short
+    found = sum(gather(step.nonfinite(positions)), []) if row else []
+    remedy = ""
+    if state.ranks.rank == 0:
+        kept, aside = state.set_aside(last_good_step(log.table.rows, state.step - row + 1))
+        remedy = f"The last good checkpoint is {kept}: the same command resumes there" if kept else "There is no good checkpoint: the same command begins anew"
+        if aside:
+            remedy += f" ({', '.join(map(os.path.basename, aside))}, of later steps, are set aside as *.not-finite)"
+    raise UserError(f"{state.name}: the gradients of {max(row, longest)} steps in a row before step {state.step + 1} are not finite"
+                    + (f"; in the last one the losses of {len(found)} samples: {', '.join(found[:5])}" if found else
+                       f"; the last step had positions {(state.step - 1) * state.batch} to {state.step * state.batch - 1}")
+                    + f". {remedy}. Give it a lower --train.lr, or --train.precision fp32")
 
 
 # ---- pictures while training --------------------------------------------------------------------------------------

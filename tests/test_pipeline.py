@@ -256,14 +256,6 @@ def test_weight_decay_and_learning_rate_may_change_on_a_resume_and_do(trained, t
     assert not same_tensors(*results)
 
 
-def test_a_checkpoint_from_before_there_were_paths_goes_on(trained, tmp_path):
-    run = copy(trained, tmp_path)
-    path = sorted((run / "checkpoints" / "expert-0").glob("step-*/state.json"))[-1]
-    state = json.loads(path.read_text())
-    assert state["identity"].pop("flow.path") == "linear"
-    path.write_text(json.dumps(state))
-    assert "resumed at step 6" in command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 7).stdout
-
 
 def test_an_export_that_is_gone_is_written_again(trained, tmp_path):
     run = copy(trained, tmp_path)

@@ -1,0 +1,398 @@
+"""Processes and their surroundings: failing ranks, locks, signals, shared memory, devices, what the file system refuses, text files."""
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, command, command_line, copy, inside
+
+import common
+import data
+import engine
+import flow
+import training
+from common import UserError
+
+FLAGS = ["--shard", 0, "--train.save_every", 4, "--train.log_every", 2, "--data.workers", 0]
+
+
+def train(run, steps, *flags):
+    return inside("train_expert.py", "--run", run, *FLAGS, "--train.steps", steps, *flags)
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints" / "expert-0").glob("step-*"))
+
+
+def error_of(done):
+    """The one error line of a stage that a mistake ended."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+# ---- a rank that fails ----------------------------------------------------------------------------------------------
+
+def test_a_failing_rank_ends_at_once_and_shows_its_traceback(tmp_path):
+    """Leaving the group is a collective with NCCL: here it is one that never ends, as it would be for a rank that fails alone."""
+    (tmp_path / "stage.py").write_text(f"""
+import os, sys, time
+sys.path.insert(0, {ROOT!r})
+import common, torch.distributed as dist
+
+def main():
+    common.start("cpu")
+    dist.destroy_process_group = lambda: time.sleep(600)
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("CUDA out of memory, say")
+    common.barrier()
+
+common.script(main)
+""")
+    done = command(tmp_path / "stage.py", ranks=2, check=False)
+    assert done.returncode == 1 and "RuntimeError: CUDA out of memory, say" in done.stderr and 'line 10, in main' in done.stderr
+
+
+# ---- locks ----------------------------------------------------------------------------------------------------------
+
+def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
+    path = tmp_path / "folder" / "lock"
+    with common.Lock(path, "expert-0 of runs/x"):
+        assert json.loads(path.read_text()) == {"host": socket.gethostname(), "pid": os.getpid(), "since": mock.ANY}
+        with pytest.raises(UserError, match=f"expert-0 of runs/x is being worked on by process {os.getpid()} on {socket.gethostname()} since 20"):
+            common.Lock(path, "expert-0 of runs/x").__enter__()
+    assert not path.exists()
+    with common.Lock(path, "it"):
+        pass
+
+
+def test_a_lock_does_not_outlive_a_kill_nor_lives_in_forks(tmp_path):
+    path = tmp_path / "lock"
+    holder = f"""
+import os, sys, time
+sys.path.insert(0, {ROOT!r})
+import common
+common.Lock({str(path)!r}, "it").__enter__()
+if os.fork() == 0:
+    time.sleep(120)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(120)
+"""
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"by process {process.pid} on"):
+            common.Lock(path, "it").__enter__()
+        process.kill()
+        process.wait()
+        assert path.exists()
+        with common.Lock(path, "it"):       # the forked process still lives
+            pass
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_lock_of_another_host_holds_while_it_shows_signs_of_life(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "SILENCE", 0.4)
+    path = tmp_path / "lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "yesterday"}))
+    stop = threading.Event()
+
+    def live():
+        while not stop.wait(0.02):
+            os.utime(path)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="by process 7 on elsewhere since yesterday"):
+            common.Lock(path, "it").__enter__()
+    finally:
+        stop.set()
+        thread.join()
+    with common.Lock(path, "it"):
+        assert json.loads(path.read_text())["host"] == socket.gethostname()
+
+
+def test_a_file_system_without_locks_goes_by_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "SILENCE", 0.4)
+    monkeypatch.setattr(common, "BEAT", 0.02)
+    with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
+        with common.Lock(tmp_path / "lock", "it"):
+            with pytest.raises(UserError, match="it is being worked on by process"):
+                common.Lock(tmp_path / "lock", "it").__enter__()
+        with common.Lock(tmp_path / "lock", "it"):
+            pass
+
+
+def test_a_second_training_of_a_shard_is_refused_and_marks_nothing(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    assert train(run, 4).returncode == 0
+    with common.Lock(run / "checkpoints" / "expert-0" / "lock", "expert-0 of here"):
+        line = error_of(train(run, 8))
+        assert f"by process {os.getpid()} on" in line
+        assert error_of(inside("train_expert.py", "--run", run, "--shard", 0, "--train.stepz", 8))      # found before
+    assert (run / "checkpoints" / "expert-0" / "status").read_text() == "finished 4\n"
+    assert train(run, 8).returncode == 0
+
+
+# ---- waiting for data -------------------------------------------------------------------------------------------------
+
+def test_a_wait_for_data_that_lasts_is_ended_by_a_signal_and_saved(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    stuck = f"""
+import sys, time
+sys.path.insert(0, {ROOT!r})
+import common, data, train_expert
+read = data.TarDataset.__getitem__
+
+def sometimes(self, position):
+    if position >= 5 * 8:
+        print("stuck", flush=True)
+        time.sleep(600)
+    return read(self, position)
+
+data.TarDataset.__getitem__ = sometimes
+common.script(train_expert.main)
+"""
+    arguments = ["--run", run, *FLAGS, "--train.steps", 100]
+    with subprocess.Popen([sys.executable, "-c", stuck, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        line = ""
+        while line != "stuck\n":
+            line = process.stdout.readline()
+            assert line, "it ended before it was stuck"
+        process.terminate()
+        out = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by a signal, saved at step 5" in out, out
+    assert (run / "checkpoints" / "expert-0" / "status").read_text() == "to be continued 5\n"
+    assert checkpoints(run) == ["step-00000004", "step-00000005"]
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_the_training(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+
+    class Lost:
+        def __reduce__(self):
+            raise OSError(errno.ENOSPC, "unable to allocate shared memory")
+
+    collate = training.collate
+    with mock.patch.object(training, "collate", lambda items: collate(items) | ({"lost": Lost()} if len(items) > 1 else {})):
+        line = error_of(train(run, 8, "--data.workers", 1))
+    assert "a decoding process has died" in line and "/dev/shm" in line and "--data.workers" in line
+
+
+def test_a_killed_decoding_process_ends_the_training_with_one_line(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    read = data.TarDataset.__getitem__
+
+    def killed(self, position):
+        if torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, position)
+
+    with mock.patch("data.TarDataset.__getitem__", killed):
+        line = error_of(train(run, 8, "--data.workers", 1))
+    assert "a decoding process has died" in line
+
+
+def test_shared_memory_is_compared_with_what_will_be_put_there(monkeypatch):
+    """By hand: a batch of 8 pictures of 4 x 4 and as much noise, each tensor in pages of 4096 bytes; 2 processes of 4 batches, and one in use, of 3 ranks."""
+    item = {"x": torch.zeros(4, 4, 3, dtype=torch.uint8), "eps": torch.zeros(3, 64, 64), "c": torch.zeros(0), "k": 0, "u": 0.5, "drop": 0.5, "bad": []}
+    batch = 4096 + 8 * 3 * 64 * 64 * 4 + 3 * 4096     # x, eps; u, drop and k
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    need = batch * (4 * 2 + 1) * 3
+    with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=need)):
+        training.check_shared_memory([item], 0, 8, 2)
+    with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=need - 1)):
+        with pytest.raises(UserError, match=r"/dev/shm has .* MB free, and 2 decoding processes a rank put up to .* MB there: .*--shm-size"):
+            training.check_shared_memory([item], 0, 8, 2)
+        training.check_shared_memory([item], 0, 8, 0)
+
+
+# ---- gradients that are not finite --------------------------------------------------------------------------------------
+
+def ruined_from(step):
+    """flow.expert_loss that ruins the weights of an optimiser step's model: all losses from `step` on are not finite, whatever the data."""
+    calls = []
+
+    def loss(*args, loss=flow.expert_loss):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) >= step else 1)
+
+    return mock.patch.object(flow, "expert_loss", loss)
+
+
+def test_nothing_is_saved_while_steps_are_skipped_and_the_last_good_is_resumed(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    with ruined_from(6):
+        line = error_of(train(run, 40, "--train.save_every", 2, "--train.max_nonfinite", 5))
+    assert checkpoints(run) == ["step-00000002", "step-00000004"]
+    assert "step-00000004: the same command resumes there" in line and "--train.lr" in line
+    with ruined_from(2):        # the weights of step 5 are the ruined ones, and they were saved
+        assert train(run, 5, "--train.save_every", 5).returncode == 0
+    with ruined_from(1):
+        line = error_of(train(run, 40, "--train.save_every", 5, "--train.max_nonfinite", 5))
+    assert "step-00000004: the same command resumes there" in line and "step-00000005, of later steps, are set aside" in line
+    assert checkpoints(run) == ["step-00000004", "step-00000005.not-finite"]
+    done = train(run, 8)
+    assert done.returncode == 0 and "resumed at step 4" in done.stdout
+
+
+def test_a_training_whose_last_steps_are_skipped_is_not_finished(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    with ruined_from(7):
+        line = error_of(train(run, 8))
+    assert "2 steps in a row before step 9 are not finite" in line and checkpoints(run) == ["step-00000004"]
+    assert (run / "checkpoints" / "expert-0" / "status").read_text() == "failed 4\n"
+
+
+def test_an_isolated_skipped_step_only_delays_the_checkpoint(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    calls = []
+
+    def once(*args, loss=flow.expert_loss):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) == 4 else 1)
+
+    with mock.patch.object(flow, "expert_loss", once):
+        assert train(run, 6, "--train.keep", 5).returncode == 0
+    assert checkpoints(run) == ["step-00000005", "step-00000006"]
+
+
+@pytest.mark.parametrize("losses, good", [
+    ([1.0, 0.9, 0.8, 0.7], 3),          # 1, 2, 3, 4: well to the end, but with the weights of step 4 all that followed was not finite
+    ([1.0, 0.9, 5.0, 90.0], 2),         # the loss had risen since
+    ([1.0, float("nan"), 0.5, 0.6], 3),
+    ([], 3)])
+def test_the_last_good_step_is_from_before_the_loss_rose(losses, good):
+    rows = [{"step": str(i), "loss": f"{loss:.6f}"} for i, loss in enumerate(losses, 1)] + [{"step": "5", "loss": "nan"}]
+    assert training.last_good_step(rows, before=5) == good
+
+
+# ---- the marker -----------------------------------------------------------------------------------------------------
+
+def test_a_failure_is_not_marked_over_by_a_checkpoint_on_its_way(tmp_path):
+    folder = str(tmp_path)
+    engine.mark(folder, engine.UNFINISHED, 3, begins=True)
+    engine.mark(folder, engine.FAILED)
+    threads = [threading.Thread(target=engine.mark, args=(folder, engine.UNFINISHED, step)) for step in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "status").read_text() == "failed 3\n" and os.listdir(tmp_path) == ["status"]
+    engine.mark(folder, engine.UNFINISHED, 3, begins=True)
+    assert (tmp_path / "status").read_text() == "to be continued 3\n"
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+def test_the_first_line_names_the_devices(clustered, tmp_path):
+    assert inside("train_expert.py", "--run", copy(clustered, tmp_path), *FLAGS, "--train.steps", 1).stdout.startswith("device: 1 x cpu (")
+
+
+def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="--device cuda:1: under torchrun each rank has a GPU of its own"):
+        common.start("cuda:1")
+
+
+def test_a_gpu_that_cannot_be_used_is_a_warning(monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with mock.patch("glob.glob", return_value=["/proc/driver/nvidia/gpus/0"]):
+        common.start()
+        assert "warning: this machine has a GPU that cannot be used" in capsys.readouterr().err
+        common.start("cpu")         # as asked
+        assert not capsys.readouterr().err
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")      # hidden on purpose
+        common.start()
+        assert not capsys.readouterr().err
+
+
+# ---- a config that a later stage refuses ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, said", [
+    (["--train.batch", 25], "train.batch = 25"),
+    (["--sample.strategy", "top-4"], "'top-4': there are cluster.experts = 3 experts"),
+    (["--sample.strategy", "oracle-3"], "the number is at most 2"),
+    (["--sample.strategy", "best"], "strategy 'best' is not one of"),
+    (["--sample.cfg_low", 0.9, "--sample.cfg_high", 0.1], "cfg_low 0.9"),
+    (["--train.student.micro_batch", 5], "train.student.micro_batch = 5"),
+    (["--router.preset", "MMDiT-tiny/2"], "an MMDiT is a denoiser"),
+    (["--model.patch", 3], "not a multiple of the patch 3")])
+def test_a_config_that_a_later_stage_refuses_is_refused_by_the_first(tars, config, tmp_path, flags, said):
+    done = inside("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, *flags)
+    assert said in error_of(done) and not (tmp_path / "run" / "config.toml").exists()
+
+
+# ---- what the file system refuses -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "make room"), (errno.EROFS, "read-only"), (errno.EACCES, "right"), (errno.ENOTDIR, "is a file"),
+                                            (errno.ENAMETOOLONG, "shorter"), (errno.EMFILE, "ulimit -n"), (errno.EIO, "again when it works")])
+def test_an_error_of_the_file_system_is_one_line_with_its_remedy(number, remedy, capsys):
+    def main():
+        raise OSError(number, os.strerror(number), "some/path")
+
+    with pytest.raises(SystemExit) as end:
+        common.script(main)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.startswith("error: some/path: ") and remedy in line and line.count("\n") == 1
+
+
+def test_what_is_written_names_the_place_that_was_meant(tmp_path):
+    with pytest.raises(OSError) as caught, common.atomic(tmp_path / "x.txt") as temporary:
+        open(temporary, "wb").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == tmp_path / "x.txt" and os.listdir(tmp_path) == []
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as caught:
+        common.write_text(tmp_path / "folder", "text")
+    assert str(caught.value.filename) == str(tmp_path / "folder")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        common.try_folder(tmp_path / "file")
+
+
+def test_places_of_output_are_tried_before_the_work(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    (run / "logs").touch()
+    assert "logs: " in error_of(train(run, 4))
+    assert not (run / "checkpoints" / "expert-0" / "step-00000004").exists()
+
+
+# ---- text files -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_text_file_is_read_whatever_editor_wrote_it(tmp_path, encoding):
+    path = tmp_path / "config.toml"
+    path.write_bytes('[text]\r\nname = "café"\r\n'.encode(encoding))
+    assert common.read_text(path) == '[text]\nname = "café"\n' and common.read_toml(path) == {"text.name": "café"}
+
+
+@pytest.mark.parametrize("payload", ["café".encode("latin-1"), "text".encode("utf-16-le")])
+def test_a_text_file_in_another_encoding_is_refused(tmp_path, payload):
+    (tmp_path / "x").write_bytes(payload)
+    with pytest.raises(UserError, match="UTF-8"):
+        common.read_text(tmp_path / "x")
+
+
+def test_a_config_survives_any_locale(tmp_path):
+    code = f"import sys; sys.path.insert(0, {ROOT!r}); import common; common.write_toml(common.make_config({{'text.name': 'caf\\xe9'}}), 'x.toml'); print(common.read_toml('x.toml')['text.name'] == 'caf\\xe9')"
+    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=ENVIRONMENT | {"LC_ALL": "en_US.ISO-8859-1", "PYTHONCOERCECLOCALE": "0"}, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("value, said", [(3, "it is no table"), ({}, "tars is missing"), ({"tars": []}, "tars is no table"),
+                                         ({"tars": {"a": {"n": "4"}}}, "tars.a.n = '4' is no int"), ({"tars": {"a": {"n": True}}}, "is no int")])
+def test_json_of_the_wrong_shape_says_where(tmp_path, value, said):
+    (tmp_path / "x.json").write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=said):
+        common.read_json(tmp_path / "x.json", {"tars": {str: {"n": int}}})
