@@ -664,6 +664,7 @@ def check_finite(state, log, step, positions):
     remedy = ""
     if state.ranks.rank == 0:
         kept, aside = state.set_aside(last_good_step(log.table.rows, state.step - row + 1))
+        mark(state.folder, UNFINISHED, int(kept[-8:]) if kept else 0)
         remedy = f"The last good checkpoint is {kept}: the same command resumes there" if kept else "There is no good checkpoint: the same command begins anew"
         if aside:
             remedy += f" ({', '.join(map(os.path.basename, aside))}, of later steps, are set aside as *.not-finite)"

@@ -209,11 +209,11 @@ def test_a_step_with_a_loss_that_is_nan_on_one_rank_is_skipped_by_both_and_count
 
 def test_too_many_such_steps_in_a_row_stop_the_training_and_name_step_and_positions(clustered, poisoned, tmp_path):
     run = copy(clustered, tmp_path)
-    done = command(poisoned, 4, 1000, "--run", run, *FLAGS, "--train.steps", 40, "--train.max_nonfinite", 3, ranks=2, check=False)
+    done = command(poisoned, 6, 1000, "--run", run, *FLAGS, "--train.steps", 40, "--train.max_nonfinite", 3, ranks=2, check=False)
     assert "exitcode  : 2" in done.stderr and status(run) == "failed 4\n"      # the newest checkpoint's step; the ranks'; torchrun's own is 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "the gradients of 3 steps in a row before step 7 are not finite" in errors[0]
-    assert all(f"position {p} (t = 0." in errors[0] for p in range(44, 48)) and "position 43" not in errors[0]     # rank 1's of step 6
+    assert len(errors) == 1 and "the gradients of 3 steps in a row before step 9 are not finite" in errors[0]
+    assert all(f"position {p} (t = 0." in errors[0] for p in range(60, 64)) and "position 59" not in errors[0]     # rank 1's of step 8
     assert checkpoints(run) == [4]
 
     def nan(*args, loss=flow.expert_loss):

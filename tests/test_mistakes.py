@@ -90,9 +90,10 @@ def test_a_misspelt_key_in_the_config_and_on_the_command_line(tars, tmp_path):
 
 
 def test_more_experts_than_fine_clusters(tars, config, tmp_path):
-    refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--experts", 7,
+    refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--experts", 7, "--train.batch", 28,
             says=["7 experts", "there are 6", "cluster.fine = 6", "240"])
-    done = command("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--experts", 7, ranks=2, check=False)
+    done = command("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--experts", 7, "--train.batch", 28,
+                   ranks=2, check=False)
     assert [line for line in done.stderr.splitlines() if line.startswith("error: 7 experts")] and "peer" not in done.stderr
     # the calls that failed left nothing that stands in the way of the next one
     command("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--experts", 2)
