@@ -268,6 +268,19 @@ def try_folder(path):
     os.remove(os.path.join(path, ".writable"))
 
 
+class _Tried(Exception):
+    """Ends try_file's attempt."""
+
+
+def try_file(path):
+    """Tries to write beside `path`, as atomic does; what is there stays. Called before work whose result it will hold: OSError, UserError."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is {'a folder' if os.path.isdir(path) else 'no ordinary file'}: give another name")
+    with contextlib.suppress(_Tried), atomic(path) as temporary:
+        open(temporary, "wb").close()
+        raise _Tried
+
+
 # ---- text and JSON --------------------------------------------------------------------------------------------------
 
 BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
@@ -584,13 +597,15 @@ def collect(value):
 
 
 def on_rank_0(function):
-    """Calls function() on rank 0 alone; a UserError there is one on all ranks, so that none waits for another."""
+    """Calls function() on rank 0 alone; what the user or the file system got wrong there is a UserError on all ranks: none waits for another."""
     error = None
     if os.environ.get("RANK", "0") == "0":
         try:
             function()
         except UserError as caught:
             error = str(caught)
+        except OSError as caught:
+            error = explain(caught) or str(caught)
     if error := broadcast(error):
         raise UserError(error)
 
