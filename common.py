@@ -236,7 +236,7 @@ REMEDIES = {
     errno.ENOENT: "there is no such file or folder (or it is a link to nothing): look at the path",
     errno.EISDIR: "it is a folder, where a file is wanted: give another name",
     errno.ENOTDIR: "a part of this path is a file, where a folder is wanted: give another name",
-    errno.EEXIST: "it is a file, where a folder is wanted: give another name",
+    errno.EEXIST: "it is a file, or a link to nothing, where a folder is wanted: give another name",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "links lead in a circle: look at the path",
     errno.EMFILE: "raise the number of files that a process may open: ulimit -n 65536",

@@ -92,13 +92,11 @@ def clear_output(out, files, grid, routing, show_routing):
         elif made_here(routing):
             os.remove(routing)
         return 0
-    if os.path.lexists(out) and not os.path.isdir(out):
-        raise UserError(f"--out {out} is {'no folder' if os.path.exists(out) else 'a link to nothing'}: give a folder, or a name that ends in .png")
     try_folder(out)
     earlier = sorted(name for name in os.listdir(out) if re.fullmatch(r"[0-9]{4,}\.png|grid\.png|routing\.png", name))
     if foreign := [name for name in earlier if not made_here(os.path.join(out, name))]:
-        raise UserError(f"--out {out} holds {len(foreign)} images that sample.py has not made, {foreign[0]} the first, between which ours would "
-                        f"stand: give another folder")
+        raise UserError(f"--out {out} holds {foreign[0]}, which sample.py has not made ({len(foreign)} such in all), and ours would stand between: "
+                        f"give another folder")
     for name in earlier:
         os.remove(os.path.join(out, name))
     return sum(name[0].isdigit() for name in earlier)
