@@ -233,7 +233,7 @@ REMEDIES = {
     errno.ENOENT: "there is no such file or folder (or it is a link to nothing): look at the path",
     errno.EISDIR: "it is a folder, where a file is wanted: give another name",
     errno.ENOTDIR: "a part of this path is a file, where a folder is wanted: give another name",
-    errno.EEXIST: "it is a file, where a folder is wanted: give another name",
+    errno.EEXIST: "it is a file, or a link to nothing, where a folder is wanted: give another name",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "links lead in a circle: look at the path",
     errno.EMFILE: "raise the number of files that a process may open: ulimit -n 65536",
@@ -263,6 +263,19 @@ def try_folder(path):
     with atomic(os.path.join(path, ".writable")) as temporary:
         open(temporary, "wb").close()
     os.remove(os.path.join(path, ".writable"))
+
+
+class _Tried(Exception):
+    """Ends try_file's attempt."""
+
+
+def try_file(path):
+    """Tries to write beside `path`, as atomic does; what is there stays. Called before work whose result it will hold: OSError, UserError."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is {'a folder' if os.path.isdir(path) else 'no ordinary file'}: give another name")
+    with contextlib.suppress(_Tried), atomic(path) as temporary:
+        open(temporary, "wb").close()
+        raise _Tried
 
 
 # ---- text and JSON --------------------------------------------------------------------------------------------------
@@ -610,13 +623,15 @@ def collect(value):
 
 
 def on_rank_0(function):
-    """Calls function() on rank 0 alone; a UserError there is one on all ranks, so that none waits for another."""
+    """Calls function() on rank 0 alone; what the user or the file system got wrong there is a UserError on all ranks: none waits for another."""
     error = None
     if os.environ.get("RANK", "0") == "0":
         try:
             function()
         except UserError as caught:
             error = str(caught)
+        except OSError as caught:
+            error = explain(caught) or str(caught)
     if error := broadcast(error):
         raise UserError(error)
 

@@ -21,7 +21,7 @@ import flow
 import model as models
 import networks
 import pretrained
-from common import CONFIG, UserError, make_config
+from common import CONFIG, NETWORK, UserError, check_shape, make_config
 
 
 def check_strategy(text):
@@ -57,6 +57,9 @@ def _must_agree(info):
     return {"clustering (fingerprint)": repr(info["fingerprint"]), **shape}
 
 
+# what a router's file says of itself, and a denoiser's
+ROUTER = {"fingerprint": str, "shift": float, "autoencoder": NETWORK, "text": NETWORK}
+DENOISER = ROUTER | {"objective": str, "path": str, "shard": str}
 #                      its file, its shard, and what trains it
 DENSE = {"monolith": ("experts/all.safetensors", "all", "train_expert.py --run {} --shard all"),
          "student":  ("student.safetensors", "student", "distill.py --run {}")}
@@ -86,14 +89,14 @@ class Ensemble:
             if not os.path.exists(self.paths[0]):
                 raise UserError(f"{self.paths[0]} is missing: train it with {trainer.format(run)}")
         else:
-            found = (re.fullmatch(r"(\d+)\.safetensors", os.path.basename(p)) for p in glob.glob(os.path.join(glob.escape(folder), "*")))
+            found = (re.fullmatch(r"(0|[1-9][0-9]{0,5})\.safetensors", os.path.basename(p)) for p in glob.glob(os.path.join(glob.escape(folder), "*")))
             self.paths = {int(m[1]): os.path.join(folder, m[0]) for m in sorted(filter(None, found), key=lambda m: int(m[1]))}
             if not self.paths:
                 raise UserError(f"no expert in {folder}: train one with train_expert.py --run {run} --shard 0")
         self.infos, unreadable = {}, {}
         for k, path in self.paths.items():
             try:
-                self.infos[k] = _info(path)
+                self.infos[k] = _info(path, DENOISER)
             except UserError as error:
                 unreadable[k] = str(error)
                 continue
@@ -104,7 +107,7 @@ class Ensemble:
         self.K = max(self.paths) + 1        # without a router to say how many clusters there are
         router = os.path.join(run, "router.safetensors")
         if routed := not only and os.path.exists(router):
-            self.K = (router_info := _info(router))["model"]["clusters"]
+            self.K = (router_info := _info(router, ROUTER))["model"]["clusters"]
             if foreign := [p for k, p in self.paths.items() if k >= self.K]:
                 raise UserError(f"{foreign[0]} does not belong to {router}, which knows {self.K} clusters")
         self.paths = {k: path for k, path in self.paths.items() if k not in unreadable}
@@ -307,14 +310,17 @@ def open_space(team, run_config, given, device):
     return pretrained.Space(config, device, info, team.path)
 
 
-def _info(path):
+def _info(path, shape):
+    """What a model's file says of itself, which has the types of `shape`. UserError."""
     try:
         info = models.read_info(path)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if not isinstance(info.get("autoencoder"), dict):
-        raise UserError(f"{path} is from an earlier version of this project, which did not say which networks it needs: train it again")
-    for key, default in (("objective", "velocity"), ("path", "linear")):        # a fork may know others
-        if info.setdefault(key, default) not in CONFIG["flow"][key][2]:
+    try:
+        check_shape(info, shape)
+    except ValueError as error:
+        raise UserError(f"{path} is not a model of this project ({error})") from None
+    for key in ("objective", "path") if "objective" in shape else ():       # a fork may know others
+        if info[key] not in CONFIG["flow"][key][2]:
             raise UserError(f"{path} has {key} = {info[key]!r}, which is not one of {', '.join(CONFIG['flow'][key][2])}")
     return info

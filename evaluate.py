@@ -25,11 +25,13 @@ from PIL import Image
 
 import flow
 import networks
-from common import UserError, atomic, collect, gather, load_run, make_config, make_parser, parse, progress, read_clusters, script, start, sum_over_ranks
+from common import (UserError, atomic, collect, gather, load_run, make_config, make_parser, on_rank_0, parse, progress, read_clusters, script, start,
+                    sum_over_ranks, try_file, try_folder, write_text)
 from data import check_condition, find_tars, mix, permute, square, subset
 from ensemble import DENSE, Ensemble, beginnings, check_settings, check_strategy, open_space
 from features import KEPT, cluster_space, distance_space, open_reference, read_pictures, read_reference
 from metrics import Statistics, frechet_distance, precision_recall, router_quality
+from model import normalise_text
 from report import as_text, experts_figure, ledger
 
 BINS = 10           # of t in [0,1], of the validation loss and the router's answers
@@ -222,7 +224,10 @@ def fits(strategy, K):
 
 
 def evaluate_run(opened, args, spaces, clip, ranks, folder, save):
-    """Measures all models of an opened run; save(result) after each row, so that a long evaluation that is stopped leaves what it has."""
+    """Measures all models of an opened run; save(result) after each row, so that a long evaluation that is stopped leaves what it has.
+
+    -> the names of the files of samples that it wrote, on rank 0
+    """
     run, config, clusters, d, K = opened.run, opened.config, opened.clusters, opened.config.data, opened.config.cluster.experts
     data = open_reference(args.data, d.size, d.condition, d.classes)
     references, (labels, of_squares) = read_reference(data, spaces, clusters, folder, args.batch, ranks)
@@ -235,7 +240,7 @@ def evaluate_run(opened, args, spaces, clip, ranks, folder, save):
     numbers = usable[torch.from_numpy(subset(len(usable), args.loss_images, args.seed, 4))].tolist()
     result = {"run": run, "experts": K, "fingerprint": opened.about["fingerprint"], "reference": reference, "rows": []}
     result["ledger"], result["equal_compute"] = ledger(run, K)
-    losses = {}
+    losses, written = {}, []
     for model in list(opened.teams):
         team, space = opened.teams.pop(model), opened.spaces[model]     # popped: its memory goes with it
 
@@ -246,7 +251,7 @@ def evaluate_run(opened, args, spaces, clip, ranks, folder, save):
         for settings in rows_of(model, args.table, config.sample, team, clusters) if args.samples else []:
             before, own = team.flops(), labels[order] if settings.row == "oracle" else None
             row, pictures = measure(draw(team, settings, space, conditions, own, args, ranks), args.samples, spaces, references, clusters, K, clip,
-                                    lambda numbers: [condition(i) for i in numbers], args.npz)
+                                    lambda numbers: [normalise_text(condition(i)) for i in numbers], args.npz)
             flops = sum_over_ranks(torch.tensor(float(team.flops() - before), dtype=torch.float64)).item()
             guidance = f", guidance {settings.cfg:g}" if d.condition != "none" else ""
             result["rows"].append({"model": model, "strategy": settings.row if model == "ensemble" else "", "missing": team.missing,
@@ -256,7 +261,8 @@ def evaluate_run(opened, args, spaces, clip, ranks, folder, save):
             if args.npz and ranks.rank == 0:
                 arrays = {"arr_0": pictures} | ({"arr_1": np.array([condition(i) for i in range(args.samples)])} if d.condition == "class" else {})
                 name = model if model != "ensemble" else f"ensemble-{settings.row.replace(', temperature ', '-t')}"
-                with atomic(os.path.join(folder, f"{name}.npz")) as temporary, open(temporary, "wb") as f:
+                written.append(f"{name}.npz")
+                with atomic(os.path.join(folder, written[-1])) as temporary, open(temporary, "wb") as f:
                     np.savez(f, **arrays)
             save(result)
         if numbers:
@@ -268,6 +274,7 @@ def evaluate_run(opened, args, spaces, clip, ranks, folder, save):
                 result["router"] = router_quality(answers, labels[numbers])
             save(result)
     save(result)
+    return written
 
 
 def describe_reference(args, data, usable, spaces, ranks):
@@ -365,23 +372,35 @@ def main():
         raise UserError(f"--features {' '.join(args.features)}: two of them are called the same")
     clip = SimpleNamespace(**dict(zip(("prepare", "score", "info"), networks.clip_scorer(args.clip, ranks.device)))) if args.clip else None
     folder = args.out or os.path.join(args.run, "evaluation")
-    name, results = os.path.join(folder, "images" if args.images else args.table), {}
+    name, results, written = os.path.join(folder, "images" if args.images else args.table), {}, []
+
+    def try_output():
+        try:
+            folder.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--out {folder!r} is not UTF-8, as the name of a safetensors file must be: give another folder") from None
+        try_folder(folder)
+        for ending in ["json", "md"] + ["png"] * (args.table == "experts"):
+            try_file(f"{name}.{ending}")
 
     def save(result):
         if ranks.rank == 0:
             results[result["run"]] = result
-            for ending, text in (("json", json.dumps({"results": list(results.values())}, indent=1)), ("md", as_text(list(results.values())))):
-                with atomic(f"{name}.{ending}") as temporary, open(temporary, "w") as f:
-                    f.write(text)
+            write_text(f"{name}.json", json.dumps({"results": list(results.values())}, indent=1))
+            # names of files need not be text
+            write_text(f"{name}.md", as_text(list(results.values())).encode(errors="backslashreplace").decode())
 
+    on_rank_0(try_output)
     if args.images:
         evaluate_images(args, spaces, ranks, save)
     for run in opened:
-        evaluate_run(run, args, spaces, clip, ranks, folder, save)
+        written += evaluate_run(run, args, spaces, clip, ranks, folder, save)
     if ranks.rank == 0:
         if args.table == "experts":
             experts_figure(list(results.values()), f"{name}.png")
-        print(f"\n{as_text(list(results.values()))}\nin {name}.json and {name}.md")
+        print(f"\n{as_text(list(results.values()))}\nin {name}.json and {name}.md" + (f"; samples in {', '.join(written)}" if written else ""))
+        if opened and (earlier := sorted(file for file in os.listdir(folder) if file.endswith(".npz") and file not in written)):
+            print(f"{folder} holds samples of earlier calls, too, not of this table: {', '.join(earlier)}")
     gather(None)        # no rank leaves before
 
 

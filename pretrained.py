@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from datetime import timedelta
@@ -30,7 +29,7 @@ import torch
 from common import (UserError, atomic, gather, load_run, make_parser, on_rank_0, parse, progress, read_clusters, script, start,
                     sum_over_ranks)
 from data import TarWriter, index_tar, square, to_float, to_uint8, usable
-from model import hash_words
+from model import hash_words, normalise_text, words
 from networks import NONE, autoencoder, autoencoder_info, dtype_of, identity, label, pinned, text_encoder, text_info
 
 BATCH = 64      # pictures that are cached together
@@ -116,10 +115,11 @@ class Space:
 
     def captions(self, texts):
         """list of captions -> c: word numbers [B,L], or token features [B,L,E] f16. An empty caption is all zeros, no condition."""
+        texts = [normalise_text(text) for text in texts]
         if text := self.network("text"):
             return text.encode(texts)
         length = self.config.text.length
-        if not self.warned and (longer := sum(len(re.findall(r"\w+", text)) > length for text in texts)):
+        if not self.warned and (longer := sum(len(words(text)) > length for text in texts)):
             self.warned = True
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {longer} of {len(texts)} captions are longer than text.length = {length} words: cut (said once)", file=sys.stderr)

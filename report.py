@@ -22,15 +22,11 @@ def ledger(run, K):
         path, log = os.path.join(run, path), os.path.join(run, "logs", f"{log}.csv")
         if os.path.exists(path):
             try:
-                info, rows = models.read_info(path), []
-            except ValueError:      # damaged: sampling has said so
+                info = models.read_info(path)
+                entries[name] = {"steps": info["step"], "images": info["images"], "flops": info["flops"] + info.get("init_flops", 0),
+                                 "init": info.get("init", ""), "init_flops": info.get("init_flops", 0), "device_hours": device_hours(log)}
+            except (ValueError, KeyError):      # damaged: sampling has said so
                 continue
-            if os.path.exists(log):
-                with open(log, newline="") as f:
-                    rows = list(csv.DictReader(f))
-            entries[name] = {"steps": info["step"], "images": info["images"], "flops": info["flops"] + info.get("init_flops", 0), "init": info.get("init", ""),
-                             "init_flops": info.get("init_flops", 0),
-                             "device_hours": float(rows[-1]["device_hours"]) if rows and rows[-1].get("device_hours") else None}
     experts = [entries[name] for name in files if name.startswith("expert ") and name in entries]
     if len(experts) == K and (K == 1 or "router" in entries):
         parts = experts + [entries[name] for name in ("router",) if name in entries]
@@ -51,6 +47,15 @@ def ledger(run, K):
                 twice = student["init_flops"] if student["init"] != "all" else 0       # begun with the weights of a teacher, which is counted
                 compare("the student with its teachers", student["flops"] - twice + sum(part["flops"] for part in experts), "monolith", "")
     return entries, words
+
+
+def device_hours(log):
+    """What the last row of a training's log says. None without a log, or where it is damaged."""
+    try:
+        with open(log, newline="", encoding="utf-8") as f:
+            return float(list(csv.DictReader(f))[-1]["device_hours"])
+    except (OSError, ValueError, TypeError, LookupError, csv.Error):
+        return None
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------

@@ -7,36 +7,51 @@
 
 reads   RUN/router.safetensors, RUN/experts/*.safetensors (a missing expert is left out), or with --monolith RUN/experts/all.safetensors, with
         --student RUN/student.safetensors; RUN/config.toml if it is there ([sample]); the autoencoder and the text encoder that these were trained with
-writes  --out X.png: one grid, prompts down the side; --out DIR (default RUN/samples): 0000.png, 0001.png, ... and grid.png; with
-        --show-routing X.routing.png or DIR/routing.png, too
+writes  --out X.png: one grid, prompts down the side; --out DIR (default RUN/samples): 0000.png, 0001.png, ... and grid.png, in place of
+        those that an earlier call wrote there; with --show-routing X.routing.png or DIR/routing.png, too
 Sample i of each prompt starts from the noise of seed + i, at any batch size and on any number of ranks; every PNG says how it was made.
 """
 import os
+import re
+import sys
 import time
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 import flow
-from common import CONFIG, UserError, atomic, gather, make_config, make_parser, parse, progress, read_toml, script, start, sum_over_ranks
-from data import COLOURS, picture_grid
+from common import (CONFIG, UserError, atomic, gather, make_config, make_parser, on_rank_0, parse, progress, read_text, read_toml, script, start,
+                    sum_over_ranks, try_file, try_folder)
+from data import COLOURS, cut_label, label_font, picture_grid
 from ensemble import DENSE, Ensemble, beginnings, check_settings, check_strategy, open_space
+from model import normalise_text
 
 GRID = 1024         # pictures in a grid.png beside single files, at most
 SHOWN = 32          # images whose routing is drawn, at most
 COLUMNS = 8         # x_0 predictions of each
+SOFTWARE = "nanoDDM"        # what our PNGs say of their origin
+
+
+def read_prompts(args):
+    """The prompts of --prompt and of the lines of --prompts that are not blank."""
+    for flag, texts in (("--prompt", args.prompt), ("--negative-prompt", [args.negative_prompt])):
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{flag} {text!r} is not UTF-8: type it again, or give it in a file, --prompts FILE") from None
+    if not args.prompts:
+        return args.prompt
+    lines = [line for line in read_text(args.prompts).split("\n") if normalise_text(line)]
+    if not lines:
+        raise UserError(f"--prompts {args.prompts} holds no prompt: write one a line")
+    return args.prompt + lines
 
 
 def read_conditions(args, model, space):
     """-> (captions for the grid [P], conditions [P,...] or None, the negative prompt's [1,...] or None) from --prompt, --prompts and --class."""
-    prompts, classes = list(args.prompt), args.classes
-    if args.prompts:
-        try:
-            with open(args.prompts, encoding="utf-8") as f:
-                prompts += [line.strip() for line in f if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --prompts {args.prompts}: {error}") from None
+    prompts, classes = read_prompts(args), args.classes
     given = {"text": prompts, "class": classes}.get(model.condition, [])
     if (prompts and model.condition != "text") or (classes and model.condition != "class"):
         wanted = {"text": "--prompt or --prompts", "class": "--class", "none": "neither --prompt nor --class"}[model.condition]
@@ -48,10 +63,54 @@ def read_conditions(args, model, space):
     if not given:
         raise UserError(f"nothing to draw: this run wants {'--prompt TEXT' if model.condition == 'text' else '--class N'}")
     if model.condition == "text":
-        return prompts, space.captions(prompts), space.captions([args.negative_prompt]) if args.negative_prompt else None
+        negative = [args.negative_prompt] if args.negative_prompt else []
+        conditions = space.captions(prompts + negative)
+        warn_of_wordless(prompts + negative, conditions)
+        captions = [normalise_text(prompt) for prompt in prompts]
+        return captions, conditions[:len(prompts)], conditions[len(prompts):] if negative else None
     if wrong := [k for k in classes if not 0 <= k < model.classes]:
         raise UserError(f"--class {wrong[0]} is not one of 0..{model.classes - 1}")
     return [f"class {k}" for k in classes], torch.tensor(classes), None
+
+
+def warn_of_wordless(prompts, conditions):
+    """Names the prompts in which the text encoder found nothing, though they are not empty: they would silently be no prompt."""
+    wordless = [prompt for prompt, c in zip(prompts, conditions) if prompt and not c.any()]
+    if wordless and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {len(wordless)} of {len(prompts)} prompts hold no word, {wordless[0]!r} the first: as if there were none", file=sys.stderr)
+
+
+def clear_output(out, files, grid, routing, show_routing):
+    """Tries the places of output, and removes what an earlier call left in them -> number of single images removed.
+
+    UserError where they cannot be written, or where a folder holds images that would pass for ours.
+    """
+    if not files:
+        try_file(grid)
+        if show_routing:
+            try_file(routing)
+        elif made_here(routing):
+            os.remove(routing)
+        return 0
+    try_folder(out)
+    earlier = sorted(name for name in os.listdir(out) if re.fullmatch(r"[0-9]{4,}\.png|grid\.png|routing\.png", name))
+    if foreign := [name for name in earlier if not made_here(os.path.join(out, name))]:
+        raise UserError(f"--out {out} holds {foreign[0]}, which sample.py has not made ({len(foreign)} such in all), and ours would stand between: "
+                        f"give another folder")
+    for name in earlier:
+        os.remove(os.path.join(out, name))
+    return sum(name[0].isdigit() for name in earlier)
+
+
+def made_here(path):
+    """Whether a file is a PNG that says that it comes from here."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with PngImageFile(path) as image:       # Image.open would refuse a large grid
+            return image.info.get("software") == SOFTWARE
+    except Exception:       # whatever Pillow makes of a file that is no PNG
+        return False
 
 
 def batches(jobs, size, expert=None):
@@ -74,17 +133,19 @@ def routing_picture(rows, K):
     gap, line, band, used = 4, 18, 40, 10
     width = (COLUMNS + 1) * (side + gap)
     height = line + side + gap + band + used + 3 * gap
-    names = width // 64     # in a line of the legend
-    begin = (1 + -(-K // names)) * line + gap
-    font, colours = ImageFont.load_default(12), [COLOURS[k % len(COLOURS)] for k in range(K)]
+    font, colours = label_font(11), [COLOURS[k % len(COLOURS)] for k in range(K)]
+    name = round(font.getlength(f"expert {K - 1}")) + 3 * gap
+    names = width // name       # in a line of the legend
+    begin = (2 + -(-K // names)) * line + gap
     sheet = Image.new("RGB", (width + gap, begin + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 2), "x_0 as predicted at time t, and the sample. Strips, from noise to data: p(k | x_t, t, c); thin: the experts in use", "black", font)
+    draw.text((gap, 2), "x_0 as predicted at time t, and the sample.", "black", font)
+    draw.text((gap, 2 + line), "Strips, from noise to data: p(k | x_t, t, c); thin: the experts in use", "black", font)
     for k in range(K):
-        draw.text((gap + k % names * 64, 2 + (1 + k // names) * line), f"expert {k}", colours[k], font)
+        draw.text((gap + k % names * name, 2 + (2 + k // names) * line), f"expert {k}", colours[k], font)
     for r, (title, path, pictures) in enumerate(rows):
         top = begin + r * height
-        draw.text((gap, top), title, "black", font)
+        draw.text((gap, top), cut_label(title, font, width - gap), "black", font)
         for i, (t, picture) in enumerate(pictures):
             x, y = gap + i * (side + gap), top + line
             sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (x, y))
@@ -106,9 +167,9 @@ def routing_picture(rows, K):
 def png_info(args, settings, prompt, seed, share=None):
     """Text chunks that say how a picture was made; share [K]: of each expert in it."""
     values = {"prompt": prompt, "seed": seed, "strategy": args.only or settings.strategy, "guidance": settings.cfg,
-              "steps": settings.steps, "solver": settings.solver, "software": "nanoDDM"}
+              "steps": settings.steps, "solver": settings.solver, "software": SOFTWARE}
     if args.negative_prompt:
-        values["negative prompt"] = args.negative_prompt
+        values["negative prompt"] = normalise_text(args.negative_prompt)
     if share and not args.only:
         values["experts"] = " ".join(f"{k}:{s:.2f}" for k, s in enumerate(share) if s >= 0.005)
     values |= {key: value for key, value in vars(settings).items()      # what else makes another picture
@@ -152,7 +213,7 @@ def main():
     if not 0 <= args.seed < 2 ** 63 - args.n:
         raise UserError(f"--seed {args.seed} must be from 0 to 2^63")
     check_settings(settings, given, args.only)
-    if os.path.splitext(args.out)[1].lower() in (".jpg", ".jpeg", ".webp"):
+    if os.path.splitext(args.out)[1].lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise UserError(f"--out {args.out}: give a name that ends in .png, or a folder")
     if args.negative_prompt and settings.cfg == 1:
         raise UserError("--negative-prompt needs guidance, --cfg other than 1")
@@ -170,10 +231,12 @@ def main():
         settings.cfg = 1.0
     space.forget("text")            # it may be larger than an expert
     space.network("autoencoder")    # the wrong one is refused now, not after the work
-    files, grid = not args.out.lower().endswith(".png"), args.out
+    files, folder, grid = not args.out.lower().endswith(".png"), args.out or os.path.join(args.run, "samples"), args.out
     if files:
-        folder = args.out or os.path.join(args.run, "samples")
         grid = os.path.join(folder, "grid.png")
+    routing_file = os.path.join(folder, "routing.png") if files else f"{grid[:-4]}.routing.png"
+    removed = []
+    on_rank_0(lambda: removed.append(clear_output(folder, files, grid, routing_file, args.show_routing)))
 
     calls = flow.evaluations(settings.steps, settings.solver)
     shape = (team.config.channels, team.config.size, team.config.size)
@@ -250,14 +313,14 @@ def main():
                      None if args.only else [[frames[j] for j in row] for row in cut]
                      ).save(temporary, "PNG", pnginfo=png_info(args, settings, " | ".join(captions), args.seed))
     if routing:
-        name = os.path.join(folder, "routing.png") if files else f"{grid[:-4]}.routing.png"
-        rows = [(f"{captions[jobs[j][0]]}  seed {jobs[j][1]}".strip(), *routing[j]) for j in sorted(routing)]
-        with atomic(name) as temporary:
-            routing_picture(rows, team.K).save(temporary, "PNG")
-        print(f"routing and predictions of {'the first ' if len(rows) < len(jobs) else ''}{len(rows)} in {name}")
+        rows = [(f"seed {jobs[j][1]}  {captions[jobs[j][0]]}".strip(), *routing[j]) for j in sorted(routing)]
+        with atomic(routing_file) as temporary:
+            routing_picture(rows, team.K).save(temporary, "PNG", pnginfo=png_info(args, settings, " | ".join(captions), args.seed))
+        print(f"routing and predictions of {'the first ' if len(rows) < len(jobs) else ''}{len(rows)} in {routing_file}")
     share = [sum(column) / len(shares) for column in zip(*shares.values())]
     print(f"{len(jobs)} picture{'s' * (len(jobs) > 1)} in {folder if files else grid}"
           + (f" (the first {len(pictures)} in its grid.png)" if len(pictures) < len(jobs) else "")
+          + (f", in place of {removed[0]} of an earlier call" if removed[0] else "")
           + ("" if args.only else "; experts used (mean weight): " + ", ".join(f"{k}: {s:.0%}" for k, s in enumerate(share))))
     print(f"forwards per sample: {by_experts / len(jobs):.1f} of experts, {by_router / len(jobs):.1f} of the router; "
           f"{flops / len(jobs) / 1e9:.4g} GFLOPs per image, {flops / (alone * experts_flops / by_experts):.3f} times a single expert's; "

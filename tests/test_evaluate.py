@@ -55,7 +55,7 @@ def clustered(run, data, config, *flags):
     os.mkdir(run / "experts")
     for k in range(config.cluster.experts):
         expert = models.build(training.model_config(config, "model", space))
-        models.save(run / "experts" / f"{k}.safetensors", expert.config, expert.state_dict(), shard=str(k), objective="velocity", **info)
+        models.save(run / "experts" / f"{k}.safetensors", expert.config, expert.state_dict(), shard=str(k), objective="velocity", path="linear", **info)
     router = models.build(training.model_config(config, "router", space, config.cluster.experts))
     models.save(run / "router.safetensors", router.config, router.state_dict(), **info)
     return run
@@ -111,7 +111,7 @@ def test_the_reference_is_read_once(evaluated, tars, tmp_path, monkeypatch):
     run = copy(run, tmp_path)
     monkeypatch.setattr(features, "_Prepared", None)        # would read it
     assert close(measured(run, tars)["rows"], first["rows"])
-    with pytest.raises(TypeError):      # other tars have statistics of their own
+    with pytest.raises(AssertionError, match="NoneType"):      # other tars have statistics of their own
         measured(run, shutil.copytree(tars, tmp_path / "tars", ignore=shutil.ignore_patterns("00002.tar*")))
 
 
@@ -148,6 +148,37 @@ def test_table_experts_sets_several_runs_beside_each_other(trained, tars, config
     results = json.load(open(run / "evaluation" / "experts.json"))["results"]
     assert [r["experts"] for r in results] == [3, 2] and [len(r["rows"]) for r in results] == [2, 1] and results[0]["rows"][0]["reference"] == results[1]["rows"][0]["reference"]
     assert Image.open(run / "evaluation" / "experts.png").width > 600 and str(other) in done.stdout
+
+
+def test_samples_of_earlier_calls_are_named(evaluated, tars, tmp_path):
+    run = copy(evaluated[0], tmp_path)
+    np.savez(run / "evaluation" / "ensemble-top-1.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    done = inside("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, "--models", "ensemble", "--strategy", "full", "--npz")
+    assert done.returncode == 0 and "; samples in ensemble-full.npz" in done.stdout
+    assert "samples of earlier calls, too, not of this table: ensemble-top-1.npz, monolith.npz, student.npz" in done.stdout
+    assert "earlier calls" not in evaluated[2].stdout
+
+
+def test_what_the_file_system_refuses_is_said_before_the_work(trained, tars, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "taken" / "models.md").mkdir(parents=True)
+    monkeypatch.setattr(evaluate, "open_reference", None)       # would read
+    for out, says in (("file", "it is a file"), ("link", "a link to nothing"), ("file/x", "a part of this path is a file"), ("x" * 300, "shorter name"),
+                      ("taken", "models.md is a folder"), ("\udcff", "is not UTF-8")):
+        done = inside("evaluate.py", "--run", trained, "--data", tars / "*.tar", *FEW, "--out", tmp_path / out)
+        lines = done.stderr.splitlines()
+        assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], done.stderr
+    done = inside("evaluate.py", "--data", tars / "*.tar", "--images", tmp_path / "taken", "--size", 8, "--out", tmp_path / "file")
+    assert done.returncode == 2 and "it is a file" in done.stderr
+
+
+def test_a_damaged_log_costs_its_device_hours_alone(evaluated, tmp_path):
+    run = copy(evaluated[0], tmp_path)
+    before, _ = report.ledger(run, 3)
+    (run / "logs" / "expert-all.csv").write_bytes(b"step,device_hours\n1,\x00\xff\n")
+    after, _ = report.ledger(run, 3)
+    assert before["monolith"]["device_hours"] > 0 and after == before | {"monolith": before["monolith"] | {"device_hours": None}}
 
 
 # ---- the validation loss ------------------------------------------------------------------------------------------

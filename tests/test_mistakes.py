@@ -193,6 +193,31 @@ def test_a_run_of_damaged_models(trained, tmp_path):
     refused("sample.py", "--run", run, "--prompt", "x", says=["router.safetensors is not a model"])
 
 
+def test_prompts_that_cannot_be_read(trained, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \r\n")
+    (tmp_path / "latin.txt").write_bytes("été".encode("latin-1"))
+    (tmp_path / "utf-16.txt").write_bytes("a red circle".encode("utf-16-le"))
+    for flags, says in ((["--prompts", tmp_path / "empty.txt"], ["holds no prompt"]), (["--prompts", tmp_path / "latin.txt"], ["latin.txt", "UTF-8"]),
+                        (["--prompts", tmp_path / "utf-16.txt"], ["utf-16.txt", "zero bytes"]), (["--prompts", tmp_path], ["is a folder"]),
+                        (["--prompt", "caf\udce9"], ["--prompt 'caf\\udce9' is not UTF-8"]),
+                        (["--prompt", "x", "--negative-prompt", "\udcff"], ["--negative-prompt", "is not UTF-8"])):
+        refused("sample.py", "--run", trained, "--out", tmp_path / "out", *flags, says=says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_stand_where_models_do(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "experts" / "1.safetensors").write_bytes(b"")
+    (run / "experts" / "1234567.safetensors").write_bytes(b"")      # nobody has so many experts
+    refused("sample.py", "--run", run, "--prompt", "x", "--require-all", says=["no usable expert for cluster 1 of 3", "1.safetensors is not a model"])
+    rewrite(trained / "experts" / "1.safetensors", run / "experts" / "1.safetensors", autoencoder="pixels")
+    refused("sample.py", "--run", run, "--prompt", "x", "--require-all", says=["1.safetensors is not a model", "autoencoder is no table"])
+    (run / "config.toml").unlink()
+    (run / "config.toml").mkdir()
+    refused("sample.py", "--run", run, "--prompt", "x", says=["config.toml", "is a folder"])
+    refused("sample.py", "--run", trained / "config.toml", "--prompt", "x", says=["there is no folder"])
+
+
 def test_wrong_wishes_of_sample(trained, tmp_path):
     for flags, says in ((["--prompt", "x", "--strategy", "best"], ["strategy 'best'", "top-N", "full", "once"]),
                         (["--prompt", "x", "--strategy", "top-4"], ["'top-4' asks for 4 experts of 3"]),

@@ -1,5 +1,8 @@
 """The network: sizes, formulas against torch, files."""
 import hashlib
+import re
+import unicodedata
+import zlib
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
+from data import SHAPE_COLOURS, SHAPES
 from model import DiT, MMDiT, ModelConfig, Router
 
 
@@ -112,6 +116,38 @@ def test_words_hash_alike_everywhere_and_the_empty_caption_is_no_condition():
     assert a[0].item() == 0xe8b7be43 % 999 + 1      # CRC-32 of "a"
     assert not models.hash_words("", 6, 1000).any()
     assert len(models.hash_words("w " * 50, 6, 1000)) == 6
+
+
+def test_words_of_plain_captions_are_those_of_a_regular_expression():
+    captions = [f"a {colour} {shape}" for colour in SHAPE_COLOURS for shape in SHAPES]
+    for text in (*captions, "Don't: 2x_3, it's \"here\"!\tand\r\nthere  (50% + $5 ~ #1)", "..."):
+        assert models.words(text) == re.findall(r"\w+", text.lower())
+    assert models.hash_words("a red circle", 4, 1000).tolist() == [zlib.crc32(w) % 999 + 1 for w in (b"a", b"red", b"circle")] + [0]
+
+
+@pytest.mark.parametrize("text", ["un café à la crème", "Łódź", "Ångström", "क़लम", "한국어", "ΜΈΛΙ", "ἄνθρωπος", "İstanbul", "ở đâu"])
+def test_composed_and_decomposed_text_has_the_same_words(text):
+    composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    assert models.normalise_text(composed) == models.normalise_text(decomposed)
+    assert models.words(composed) == models.words(decomposed) and len(models.words(text)) == len(text.split())
+    assert torch.equal(models.hash_words(composed, 8, 2 ** 20), models.hash_words(decomposed, 8, 2 ** 20))
+
+
+@pytest.mark.parametrize("text, found", [
+    ("बिल्ली और कुत्ता।", ["बिल्ली", "और", "कुत्ता"]), ("แมวกินปลา", ["แมวกินปลา"]), ("مَدْرَسَة كبيرة", ["مَدْرَسَة", "كبيرة"]), ("שָׁלוֹם", ["שָׁלוֹם"]),
+    ("می\u200cخواهم", ["می\u200cخواهم"]), ("क्\u200dष", ["क्\u200dष"]), ("\u200dred\u200c \u200d", ["red"]),
+    ("🎉", ["🎉"]), ("a cat😀and ☃!", ["a", "cat", "😀", "and", "☃"]), ("👍🏽👍", ["👍🏽", "👍"]), ("👩🏽\u200d🚀👩", ["👩🏽\u200d🚀", "👩"]),
+    ("🇫🇷🇩🇪", ["🇫🇷", "🇩🇪"]), ("❤\ufe0f ❤", ["❤", "❤"]), ("❤\ufe0f\u200d🔥", ["❤\u200d🔥"]), ("1\ufe0f\u20e3 #\ufe0f\u20e3", ["1\u20e3", "#\u20e3"]),
+    ("20°C, 5 €", ["20", "°", "c", "5", "€"]), ("\ufe0f \u0020\ufe0f", []), ("…—¡!", []), ("soft\u00adhyphen\u200bspace", ["softhyphen", "space"])])
+def test_words_keep_their_marks_and_an_emoji_is_one(text, found):
+    assert models.words(text) == found
+    assert models.hash_words(text, 8, 1000).count_nonzero() == len(found)
+
+
+def test_normalised_text_is_one_line_without_what_nobody_sees():
+    assert models.normalise_text("\ufeff a\r\nred\u2028\tcir\u00adcle\x00\x1b \u00a0 now\u3000") == "a red circle now"
+    assert models.normalise_text(" \n\u200b\u200e") == ""
+    assert models.normalise_text("👩\u200d🚀 می\u200cخواهم") == "👩\u200d🚀 می\u200cخواهم"
 
 
 def test_padding_does_not_change_the_answer_and_words_and_their_order_do():

@@ -277,6 +277,13 @@ def test_captions_of_too_many_words_are_cut_with_a_warning(capsys):
     assert "1 of 1 captions are longer than text.length = 3 words: cut" in capsys.readouterr().err
 
 
+def test_an_encoder_and_the_hash_see_normalised_captions(monkeypatch):
+    space = pretrained.Space(settings(text__length=3, text__vocab=64))
+    assert torch.equal(*space.captions([" un  café\n", "un cafe\u0301"]))
+    monkeypatch.setattr(space, "network", lambda role: SimpleNamespace(encode=list))
+    assert space.captions([" un  caf\u00e9\n", "un cafe\u0301", "\ufeff\u00a0", "🎉\r\n"]) == ["un caf\u00e9", "un caf\u00e9", "", "🎉"]
+
+
 def test_cached_latents_and_captions_are_what_the_networks_make_of_each_sample(latent_run, networks):
     source, cached = members(latent_run / "shards" / "router"), members(latent_run / "latents" / "router")
     about = json.loads((latent_run / "latents" / "router" / "about.json").read_text())

@@ -10,10 +10,12 @@ import torch
 from conftest import command, copy, give, inside, pictures, rewrite, sample
 from PIL import Image
 
+import data
 import flow
 import model as models
 import sample as script
 from common import UserError, make_config
+from data import cut_label, label_font, picture_grid
 from ensemble import Ensemble
 
 CPU = torch.device("cpu")
@@ -436,7 +438,132 @@ def test_the_monolith_samples_from_its_own_file(trained, tmp_path):
     assert len(pictures(tmp_path / "all")) == 6 and Image.open(tmp_path / "all" / "0000.png").text["strategy"] == "monolith"
 
 
+# ---- prompts ------------------------------------------------------------------------------------------------------
+
+def drawn(run, out, *prompts, flags=()):
+    """One image of each prompt -> (CompletedProcess, images [P,H,W,3])."""
+    args = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    done = inside("sample.py", "--run", run, "--device", "cpu", "--n", 1, "--cfg", 20, "--out", out, *args, *flags)
+    assert done.returncode == 0, done.stderr
+    return done, pictures(out)
+
+
+def test_prompts_that_look_alike_give_one_image(trained, tmp_path):
+    _, found = drawn(trained, tmp_path / "o", "un café", "un cafe\u0301", " Un\u00a0CAF\u00c9\n", "un caf\u00e9\u200b", "un cafe")
+    assert all(np.array_equal(found[0], other) for other in found[1:4]) and not np.array_equal(found[0], found[4])
+    assert Image.open(tmp_path / "o" / "0002.png").text["prompt"] == "Un CAFÉ"
+
+
+def test_an_emoji_and_a_vowel_sign_are_part_of_the_prompt(trained, tmp_path):
+    done, found = drawn(trained, tmp_path / "o", "", "🎉", "👩🏽\u200d🚀", "बिल्ली", "बल्ला")
+    assert len({image.tobytes() for image in found}) == 5 and "warning" not in done.stderr
+    assert Image.open(tmp_path / "o" / "0003.png").text["prompt"] == "बिल्ली"
+    assert "👩🏽\u200d🚀" in Image.open(tmp_path / "o" / "grid.png").text["prompt"]
+
+
+def test_a_prompt_without_a_word_is_named(trained, tmp_path):
+    done, found = drawn(trained, tmp_path / "o", "...", "", " ", "a red circle")
+    assert "warning: 2 of 4 prompts hold no word, '...' the first" in done.stderr
+    assert np.array_equal(found[0], found[1]) and not np.array_equal(found[1], found[3])
+    done, _ = drawn(trained, tmp_path / "o", "a red circle", flags=["--negative-prompt", "?!"])
+    assert "warning: 1 of 2 prompts hold no word, '?!' the first" in done.stderr
+
+
+def test_a_prompt_that_is_cut_is_said(trained, tmp_path):
+    done, found = drawn(trained, tmp_path / "o", "one two three four", "one two three four five", "🎉 🎈 🎁 🎀")
+    assert "1 of 3 captions are longer than text.length = 4 words: cut" in done.stderr and np.array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_of_prompts_is_read_whatever_editor_wrote_it(trained, tmp_path, encoding):
+    (tmp_path / "p.txt").write_bytes("un café\r\n\r\n  \t\r\nкрасный круг\r\n🎉".encode(encoding))
+    drawn(trained, tmp_path / "o", flags=["--prompts", tmp_path / "p.txt"])
+    assert [Image.open(path).text["prompt"] for path in sorted((tmp_path / "o").glob("0*.png"))] == ["un café", "красный круг", "🎉"]
+
+
 # ---- pictures -----------------------------------------------------------------------------------------------------
+
+def test_labels_are_cut_and_a_sheet_stays_as_wide_as_high():
+    image = np.full((16, 16, 3), 99, np.uint8)
+    short, long = (picture_grid([[image, image]], [text]) for text in ("a red circle", " ".join(f"word{i}" for i in range(1000))))
+    assert short.width < long.width < 7 * 70 + 20 and short.height == long.height == 76
+    large = picture_grid([[np.zeros((512, 512, 3), np.uint8)]], ["word " * 1000])
+    assert large.width < 512 + 450
+    for n, per_row in ((24, 4), (25, 1), (1000, 1), (128, 8)):
+        sheet = picture_grid([[image] * per_row] * n, ["a long prompt that will be cut " * 9] * n)
+        assert 0.4 < sheet.width / sheet.height < 2.5, (n, per_row, sheet.size)
+    font = label_font(12)
+    for text in ("a red circle", "", "word " * 99, "🎉" * 999, "बिल्ली " * 99):
+        cut = cut_label(text, font, 100)
+        assert font.getlength(cut) <= 100 and (cut == text or cut.endswith("..."))
+
+
+def test_labels_have_the_letters():
+    pytest.importorskip("matplotlib")
+    image, letters = np.zeros((16, 16, 3), np.uint8), "eéěęèèñÅøßçğżжщЯλΩאع"
+    drawn = {letter: picture_grid([[image]], [letter]).crop((0, 0, 20, 76)).tobytes() for letter in letters + "\U0010ffff"}
+    # all differ, also from the box of a letter that a font lacks
+    assert len(set(drawn.values())) == len(drawn)
+    for text in ("बिल्ली", "猫と犬", "🎉👩🏽\u200d🚀", "مرحبا", "\u0301", "a\u200bb"):
+        assert picture_grid([[image]], [text], [[0]]).height > 64      # whatever it looks like
+
+
+def test_without_matplotlib_labels_are_drawn_in_pillow_s_font(monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    label_font.cache_clear()
+    try:
+        assert picture_grid([[np.zeros((16, 16, 3), np.uint8)]], ["un café, красный круг 🎉"], [[3]]).width > 100
+    finally:
+        label_font.cache_clear()
+
+
+# ---- the places of output -----------------------------------------------------------------------------------------
+
+def test_images_of_an_earlier_call_are_replaced_and_others_are_left(trained, tmp_path):
+    out = tmp_path / "o"
+    sample(trained, out, "--show-routing")
+    for name in ("mine.png", "0001.txt", "grid.json", "expert-0-00000100.png"):
+        (out / name).write_bytes(b"mine")
+    done = drawn(trained, out, "a green square", "a white cross")[0]
+    assert "2 pictures in" in done.stdout and "in place of 6 of an earlier call" in done.stdout
+    assert sorted(os.listdir(out)) == ["0000.png", "0001.png", "0001.txt", "expert-0-00000100.png", "grid.json", "grid.png", "mine.png"]
+    assert (out / "mine.png").read_bytes() == b"mine" and Image.open(out / "0001.png").text["prompt"] == "a white cross"
+    done = sample(trained, out, ranks=2)
+    assert len(pictures(out)) == 6 and "in place of 2 of an earlier call" in done.stdout
+    # beside one grid, what it was accompanied by
+    sample(trained, tmp_path / "g.png", "--show-routing")
+    sample(trained, tmp_path / "g.png")
+    assert sorted(path.name for path in tmp_path.glob("g*")) == ["g.png"]
+
+
+@pytest.mark.parametrize("name", ["0007.png", "12345.png", "grid.png", "routing.png"])
+def test_a_folder_with_other_people_s_images_is_refused(trained, tmp_path, name):
+    out = tmp_path / "o"
+    sample(trained, out)
+    Image.new("RGB", (8, 8)).save(out / name)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = inside("sample.py", "--run", trained, "--device", "cpu", "--prompt", "x", "--out", out)
+    assert done.returncode == 2 and f"holds {name}, which sample.py has not made (1 such" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_what_the_file_system_refuses_is_said_before_the_work(trained, tmp_path, monkeypatch):
+    for folder in ("folder.png", "beside.routing.png"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "fifo.png")
+    monkeypatch.setattr(Ensemble, "velocity", None)     # would draw
+    for out, says in (("folder.png", "is a folder"), ("file", "it is a file"), ("link", "a link to nothing"), ("file/x", "a part of this path is a file"),
+                      ("file/x.png", "it is a file"), ("fifo.png", "no ordinary file"), ("x" * 300, "shorter name"), ("x" * 250 + ".png", "shorter name"),
+                      ("beside.png", "beside.routing.png is a folder"), ("x.tiff", "ends in .png")):
+        done = inside("sample.py", "--run", trained, "--device", "cpu", "--prompt", "x", "--show-routing", "--out", tmp_path / out)
+        lines = done.stderr.splitlines()
+        assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], done.stderr
+    assert (tmp_path / "file").read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["beside.routing.png", "fifo.png", "file", "folder.png", "link"]
+    done = command("sample.py", "--run", trained, "--device", "cpu", "--prompt", "x", "--out", tmp_path / "file", ranks=2, check=False)
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] and "peer" not in done.stderr and "sampling" not in done.stderr
+
 
 def test_show_routing_writes_a_picture_and_changes_nothing_else(mixed, tmp_path):
     a = sample(mixed, tmp_path / "a")
@@ -456,7 +583,7 @@ def test_routing_picture_shows_the_probabilities_as_heights_and_the_times_as_wid
     path = [(1.0, [0.25, 0.75], [0.0, 1.0]), (0.75, [0.0, 1.0], [0.0, 1.0])]
     sheet = np.asarray(script.routing_picture([("title", path, [(0.0, final)])], 2)).astype(int)
     near = lambda colour: (np.abs(sheet - np.array(Image.new("RGB", (1, 1), colour))[0, 0]).max(2) == 0)
-    first, second = near(script.COLOURS[0])[40:], near(script.COLOURS[1])[40:]      # without the legend
+    first, second = near(script.COLOURS[0])[58:], near(script.COLOURS[1])[58:]      # without the legend
     width = sheet.shape[1]
     assert first.any(0).sum() == pytest.approx(width / 4, abs=4)
     assert first.any(1).sum() == 10 and second[:, width // 10].sum() == 30 + 10 and second[:, width // 2].sum() == 40 + 10
