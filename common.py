@@ -66,14 +66,14 @@ CONFIG = {
     },
     "autoencoder": {
         "name": ("", "AutoencoderKL or AutoencoderTiny by hub name or folder; empty: the model sees pixels"),
-        "precision": ("fp32", "of encoding; decoding is in bf16 on a GPU", ("fp32", "bf16")),
+        "precision": ("fp32", "of encoding, where a GPU multiplies fp32 in TF32; decoding is in bf16 on a GPU", ("fp32", "bf16")),
     },
     "text": {
         "name": ("words", "a text encoder by hub name or folder, or several: A + B; words: an embedding of hashed words, learned inside the model"),
         "length": (77, "words or tokens a caption, at most"),
         "vocab": (16384, "rows of the table that words are hashed to, for name = words"),
         "layer": ("last", "which layer's token features; Stable Diffusion XL takes the penultimate", ("last", "penultimate")),
-        "precision": ("auto", "auto: bf16 on a GPU, fp32 on a CPU", ("auto", "bf16", "fp32")),
+        "precision": ("auto", "auto: bf16 on a GPU, fp32 on a CPU; fp32 on a GPU multiplies in TF32", ("auto", "bf16", "fp32")),
     },
     "model": {
         "preset": ("DiT-S/2", "DiT-{S,B,L,XL}/{2,4,8}, MMDiT-3B/{2,4,8}, or tiny/2, mini/2, MMDiT-tiny/2 for a CPU"),
@@ -144,7 +144,7 @@ CONFIG = {
         "route_every": (1, "forwards that one answer of the router is used for (once and oracle-N keep theirs anyway)"),
         "route_epsilon": (0.001, "with route_every > 1: an expert with at least 1 - epsilon is kept to the end, the router not asked again (0: never)"),
         "resident": (0, "experts on the device at most; 0: all that are used"),
-        "precision": ("auto", "of the weights. auto: bf16 on a GPU, fp32 on a CPU", ("auto", "bf16", "fp32")),
+        "precision": ("auto", "of the weights. auto: bf16 on a GPU, fp32 on a CPU; fp32 on a GPU multiplies in TF32", ("auto", "bf16", "fp32")),
         "compile": (False, "torch.compile the models' blocks: a minute at first, for long runs"),
     },
 }
@@ -565,6 +565,11 @@ def _choose_device(device):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}", local=local > 0 and torch.cuda.is_available()) from None
     return found
+
+
+def local_world():
+    """The ranks of this machine, which share its cores and its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
 
 
 def start(device="", timeout=timedelta(minutes=30)):

@@ -10,8 +10,9 @@ writes  RUN/student.safetensors (averaged weights), RUN/checkpoints/student/, RU
 --train.* and [train.student] apply; by default a quarter of the monolith's batch, as in the paper. The student predicts velocity on the
 linear path, whatever its teachers do. Run again, it goes on from its newest checkpoint.
 
-The teacher of a picture is the expert of its own cluster. A micro-batch is of one cluster, so that one teacher at a time is on the device;
-clusters come in the data's proportions. Where there is room, --resident N keeps more teachers there, which saves reading them again.
+The teacher of a picture is the expert of its own cluster. A micro-batch is of one cluster, so that one teacher at a time is needed on the device;
+clusters come in the data's proportions. As many teachers stay there as there is room for (--resident N: at most N); others are read again
+when their turn comes.
 """
 import math
 import os
@@ -22,12 +23,14 @@ import torch
 import engine
 import flow
 import model as models
+import networks
 import plan
 import training
-from common import UserError, load_run, on_rank_0, parse, read_clusters, script, start
+from common import UserError, broadcast, load_run, on_rank_0, parse, read_clusters, script, start
 from ensemble import Ensemble
 
 GOLDEN = (5 ** 0.5 - 1) / 2
+BLOCK = 2 ** 16      # micro-batches whose clusters are worked out together
 
 
 class ByCluster(torch.utils.data.Dataset):
@@ -35,26 +38,47 @@ class ByCluster(torch.utils.data.Dataset):
 
     Which one, the golden ratio's sequence says, frac(m * GOLDEN) in the cumulative shares: over any stretch of the stream clusters have the
     data's shares to within a micro-batch or two, and the stream is the same on any number of ranks. Within a cluster every sample comes
-    once an epoch, as in TarDataset. parts: the TarDataset of each cluster; count: micro-batches of the whole training.
+    once an epoch, as in TarDataset. parts: the TarDataset of each cluster; micro: samples a micro-batch.
     """
 
-    def __init__(self, parts, micro, count):
+    def __init__(self, parts, micro):
         self.parts, self.micro = parts, micro
-        count += -(-16 // micro)        # the conditions of the pictures that are drawn while training may be beyond the last step
-        shares = np.cumsum([len(part) for part in parts]) / len(self)
-        self.cluster = np.searchsorted(shares[:-1], np.arange(count) * GOLDEN % 1, side="right")       # [count]
-        self.turn = np.zeros(count, np.int64)       # how many micro-batches of the same cluster came before
-        for k in range(len(parts)):
-            of_k = self.cluster == k
-            self.turn[of_k] = np.arange(of_k.sum())
+        self.shares = np.cumsum([len(part) for part in parts]) / len(self)
+        self.before = [np.zeros(len(parts), np.int64)]      # of each block so far: how many micro-batches of each cluster come before it
+        self.block = -1, None                               # the one that was asked for last: its number, and the clusters in it
 
     def __len__(self):
         return sum(map(len, self.parts))
 
+    def _clusters(self, block):
+        """[BLOCK] of a block of micro-batches."""
+        m = np.arange(block * BLOCK, (block + 1) * BLOCK)
+        return np.searchsorted(self.shares[:-1], m * GOLDEN % 1, side="right")
+
+    def _open(self, block):
+        """The clusters [BLOCK] of a block. A training has as many micro-batches as it likes: what is kept of the other blocks is a row each."""
+        if self.block[0] != block:
+            while len(self.before) <= block:
+                counts = np.bincount(self._clusters(len(self.before) - 1), minlength=len(self.parts))
+                self.before.append(self.before[-1] + counts)
+            self.block = block, self._clusters(block)
+        return self.block[1]
+
+    def cluster(self, m):
+        """The cluster of micro-batch m."""
+        block, i = divmod(m, BLOCK)
+        return int(self._open(block)[i])
+
+    def turn(self, m):
+        """How many micro-batches of its cluster come before micro-batch m."""
+        block, i = divmod(m, BLOCK)
+        clusters = self._open(block)
+        return int(self.before[block][clusters[i]] + (clusters[:i] == clusters[i]).sum())
+
     def __getitem__(self, position):
         m, i = divmod(position, self.micro)
-        k = int(self.cluster[m])
-        return self.parts[k][int(self.turn[m]) * self.micro + i] | {"k": k}
+        k = self.cluster(m)
+        return self.parts[k][self.turn(m) * self.micro + i] | {"k": k}
 
 
 def initial_weights(run, shard, config):
@@ -74,10 +98,27 @@ def initial_weights(run, shard, config):
     return network.state_dict(), info
 
 
+def keep_teachers(teachers, resident, config, train, ranks, share, frozen):
+    """Sets how many teachers stay on the device: `resident`, 0 for all, -1 for as many as fit. -> bytes that they take.
+
+    A micro-batch is of one cluster, and so nearly each wants another teacher than the one before: one that is not there is read from disk.
+    """
+    sizes = [models.parameters(models.ModelConfig(**info["model"])) * teachers.dtype.itemsize for info in teachers.infos.values()]
+    if resident < 0 and ranks.device.type == "cuda":
+        need = plan.Memory(config, networks.resolve(train.precision, ranks.device) == "bf16", frozen)
+        resident = need.teachers(train, ranks.world, share, sizes, plan.device_memory(ranks.device))
+        resident = broadcast(resident)
+        if ranks.rank == 0 and resident < len(sizes):
+            print(f"{resident} of {len(sizes)} teachers stay on each GPU: there is no room for more (--resident)", flush=True)
+    teachers.resident = max(0, resident)
+    return sum(sorted(sizes)[-(teachers.resident or len(sizes)):])
+
+
 def main():
     parser = training.stage_parser(__doc__, ["train", "train.student", "data", "model", "autoencoder", "text"])
     parser.add_argument("--init", default="", metavar="K|all", help="begin with the weights of this expert, or the monolith's (default: from scratch)")
-    parser.add_argument("--resident", type=int, default=1, metavar="N", help="teachers on the device at most (default: 1; 0: all)")
+    parser.add_argument("--resident", type=int, default=-1, metavar="N", help="teachers on the device at most (default: as many as fit by the estimate "
+                        "of --plan, on a CPU all; 0: all)")
     args, given = parse(parser)
     config = load_run(args.run, given, "student", args.plan)
     config.flow.objective, config.flow.path = "velocity", "linear"      # the student's, whatever its teachers'
@@ -86,7 +127,7 @@ def main():
     train.batch = batch = train.batch or max(1, config.train.batch // 4)
     if args.plan is not None:       # teachers of the student's size: a forward of each image, and their weights
         shape = training.model_config(config, "model", training.plan_space(args, config))
-        return plan.report("student", shape, train, batch, config.plan, teachers=args.resident or K)
+        return plan.report("student", shape, train, batch, config, teachers=K, resident=args.resident)
     clusters = read_clusters(args.run)
     if there := set(map(str, range(K))) - set(training.find_shards(args.run)):
         raise UserError(f"the student needs all {K} shards, {args.run} lacks {', '.join(sorted(there, key=int))}")
@@ -99,18 +140,17 @@ def main():
             raise UserError(f"a batch of {batch} on {ranks.world} ranks is {batch / ranks.world:g} each, which must be a multiple of the micro-batch of one "
                             f"cluster, {micro}: change --train.batch or --train.micro_batch")
         parts, space = training.open_shards(args.run, [str(k) for k in range(K)], config, train, ranks, clusters, apart=True, verify=args.verify)
-        data = ByCluster(parts, micro, train.steps * batch // micro)
+        data = ByCluster(parts, micro)
         if config.autoencoder.name:
             on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures: missed now, not after hours
         student_config = training.model_config(config, "model", space)
         info = training.describe(config, space, clusters) | {"objective": "velocity", "path": "linear", "shard": "student", "init": args.init}
-        teachers = Ensemble(args.run, ranks.device, resident=args.resident, require_all=True)
+        teachers = Ensemble(args.run, ranks.device, require_all=True)
         if len(teachers.paths) != K:
             raise UserError(f"the student needs all {K} experts as teachers, {args.run}/experts has {', '.join(map(str, teachers.paths))}")
         teachers.check_fits("the student", {"model": vars(student_config), **info})
         initial, begun = initial_weights(args.run, args.init, student_config) if args.init else (None, {"flops": 0})
-        sizes = sorted(models.parameters(models.ModelConfig(**about["model"])) for about in teachers.infos.values())
-        beside = sum(sizes[-(args.resident or K):]) * teachers.dtype.itemsize
+        beside = space.weight_bytes() + keep_teachers(teachers, args.resident, student_config, train, ranks, share, space.weight_bytes())
         state = engine.State(args.run, "student", student_config, train, ranks, config, space, batch, initial, beside, shard="student", init=args.init,
                              clustering=clusters["fingerprint"], images=len(data), micro_batch=micro,
                              teachers=" ".join(f"{k}:{about['step']}" for k, about in teachers.infos.items()))
@@ -119,12 +159,13 @@ def main():
         info["init_flops"] = begun["flops"]
 
         path = os.path.join(args.run, "student.safetensors")
+        data.cluster(state.step * batch // micro)       # after a resume: counted once, before the decoding processes are forked
         for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
             first = (state.step * batch + ranks.rank * share) // micro      # this rank's first micro-batch of the step
             for m, b in enumerate(step.batches(), first):
                 t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
                 c = models.drop_condition(state.model.config, b.c, b.drop < config.data.drop)
-                teacher = lambda x_t, t, c: teachers.expert_velocity(int(data.cluster[m]), x_t, t, c)
+                teacher = lambda x_t, t, c: teachers.expert_velocity(data.cluster(m), x_t, t, c)
                 loss = flow.distillation_loss(step.model, teacher, b.x_0, c, t, b.eps)        # [B], section 3.6
                 step.backward(loss, t)
             step.update()

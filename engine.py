@@ -13,6 +13,7 @@ import functools
 import glob
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -60,6 +61,10 @@ def prepare_blocks(model, activation_checkpointing="none", compile=False, backen
         context = {"context_fn": functools.partial(create_selective_checkpoint_contexts, keep_matmuls)} if activation_checkpointing == "selective" else {}
         return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **context)
 
+    if compile:
+        # DDP's gradients are summed in buckets, and Dynamo would cut each compiled block where a bucket ends, so that one overlaps
+        # with the other: the blocks are cut enough. (On torch 2.11 selective checkpointing is lost in a block that is cut.)
+        torch._dynamo.config.optimize_ddp = False
     if compile or activation_checkpointing != "none":
         function = torch.compile(forward, fullgraph=True, backend=backend) if compile else forward
         for block in model.blocks:
@@ -72,15 +77,35 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory was lacking, a GPU's or the host's."""
+    if isinstance(error, RuntimeError):     # CUDA's own is one, cuBLAS's and the CPU's have no class of theirs
+        return bool(re.search("out of memory|allocate memory|ALLOC_FAILED", str(error), re.IGNORECASE))
+    return isinstance(error, MemoryError)
+
+
 @contextlib.contextmanager
 def dispensable(what):
-    """Training goes on, with a warning, where this cannot be written: the disk is full. Yields a list, to which the reason is added."""
+    """Training goes on, with a warning, where this cannot be made or written: the disk is full, or the memory. Yields a list, to which the reason is added."""
     reasons = []
     try:
         yield reasons
-    except (OSError, SafetensorError) as error:
-        reasons.append(str(error))
-        print(f"warning: {what} could not be written ({error}), and training goes on", file=sys.stderr, flush=True)
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        memory = out_of_memory(error)
+        if not memory and isinstance(error, RuntimeError):
+            raise
+        reasons.append(str(error).strip().partition("\n")[0] or type(error).__name__)
+        print(f"warning: {what} could not be {'made' if memory else 'written'} ({reasons[0]}), and training goes on", file=sys.stderr, flush=True)
+
+
+def warn_of_rest(name, share, micro):
+    """Says that a rank's share of the batch is no multiple of its micro-batch: compiled, the rest is a graph of its own."""
+    if share % min(micro or share, share):
+        divisors = [m for m in range(1, share + 1) if share % m == 0]
+        nearest = [max(m for m in divisors if m <= micro), min(m for m in divisors if m > micro)]
+        print(f"warning: {name}: train.micro_batch = {micro} does not divide the {share} images of a rank: the last micro-batch of each step has "
+              f"{share % micro}, for which each block is compiled once more, for any size, which is slower. {nearest[0]} and {nearest[1]} divide "
+              f"{share}", file=sys.stderr, flush=True)
 
 
 # ---- state --------------------------------------------------------------------------------------------------------
@@ -158,6 +183,8 @@ class State:
         self.image_flops = 3 * self.model.flops()       # forward, and twice that backward
         self.compiled = train.compile == "yes" or train.compile == "auto" and ranks.device.type == "cuda"
         prepare_blocks(self.model, train.activation_checkpointing, self.compiled)
+        if self.compiled and ranks.rank == 0:
+            warn_of_rest(self.name, self.batch // ranks.world, train.micro_batch)
         if self.sharded:
             policy = MixedPrecisionPolicy(torch.bfloat16 if self.bf16 else None, torch.float32, cast_forward_inputs=False)    # autocast casts
             mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
@@ -171,6 +198,10 @@ class State:
                 weights = models.build(model_config).state_dict() | (initial or {})
             set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.sharded))
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
+        self.pairs = None       # (average, weights), this rank's parts of them: see update
+        # one for all checkpoints. It copies the state to host memory in this thread, on a GPU to pinned memory that it keeps; without one the
+        # thread that writes would open a context on GPU 0 for each rank, and wait for training's kernels every 10 MB
+        self.writer = dcp.FileSystemWriter(self.folder, cache_staged_state_dict=ranks.device.type == "cuda")
         # fused: one kernel over all weights
         self.optimizer = torch.optim.AdamW(self.model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
         # since the last row of the log: loss, images, gradient norms, steps, samples that could not be used, the largest norm; then by bin of t: what is
@@ -205,17 +236,24 @@ class State:
         self.optimizer.zero_grad(set_to_none=self.wrapped is self.model)        # DDP's gradients are views of its buckets: without them there would be two
         self.step += 1
         decay = min(self.train.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_([local(e) for e in self.ema.values()], [local(p) for p in self.model.parameters()], 1 - decay)
+        if self.pairs is None:
+            # taken once: of hundreds of DTensors they cost tens of milliseconds a step. Not before the first step: until its forward pass
+            # FSDP may give weights another place in memory, after it nothing does
+            self.pairs = [local(e) for e in self.ema.values()], [local(p) for p in self.model.parameters()]
+        torch._foreach_lerp_(*self.pairs, 1 - decay)
         return norm
 
     @torch.no_grad()
     def swap_average(self):
-        """Exchanges the weights and their average, weight by weight; called again, changes them back."""
+        """Exchanges the weights and their average, weight by weight; called again, changes them back.
+
+        Bit by bit in place: that takes no memory, so it never stops half-way.
+        """
         for e, p in zip(self.ema.values(), self.model.parameters()):
-            e, p = local(e), local(p)
-            kept = p.clone()
-            p.copy_(e)
-            e.copy_(kept)
+            e, p = local(e).view(torch.int32), local(p).view(torch.int32)
+            p ^= e
+            e ^= p
+            p ^= e
 
     # -- checkpoints --
 
@@ -262,7 +300,7 @@ class State:
             for torn in glob.glob(os.path.join(glob.escape(self.folder), "step-*.tmp")):     # of a run that was killed here
                 shutil.rmtree(torn, ignore_errors=True)
         barrier()
-        future = dcp.async_save(tensors, checkpoint_id=f"{place}.tmp", process_group=self.group, no_dist=not dist.is_initialized())
+        future = dcp.async_save(tensors, checkpoint_id=f"{place}.tmp", storage_writer=self.writer, process_group=self.group, no_dist=not dist.is_initialized())
         if self.ranks.rank == 0:
             state = {"step": self.step, "seconds": self.seconds, "device_seconds": self.device_seconds, "bad": self.bad,
                      "nonfinite": self.nonfinite.tolist(), "skipped": skipped, "identity": self.identity}

@@ -9,6 +9,7 @@
 A batch is grouped by expert: each runs once, on the samples that chose it, both branches of guidance together.
 """
 import collections
+import copy
 import functools
 import glob
 import os
@@ -20,6 +21,7 @@ import torch
 import flow
 import model as models
 import networks
+import plan
 import pretrained
 from common import CONFIG, NETWORK, UserError, check_shape, make_config
 
@@ -79,6 +81,7 @@ class Ensemble:
     def __init__(self, run, device, only="", resident=0, precision="auto", compile=False, require_all=False):
         self.run, self.device, self.resident, self.compile = run, device, resident, compile
         self.dtype, self.forwards = networks.dtype_of(precision, device), collections.Counter()
+        self.precision = networks.resolve(precision, device)        # what results are named by: bf16, tf32 or fp32
         self.loaded, self.cost = {}, {}     # loaded: the experts on the device, the one used last at the end
         folder = os.path.join(run, "experts")
         if not os.path.isdir(run):
@@ -140,6 +143,26 @@ class Ensemble:
             a, b = info[role], self.info[role]
             if networks.identity(a) != networks.identity(b):
                 raise UserError(f"{together}: {role} {networks.label(a)} / {networks.label(b)}")
+
+    def in_precision(self, precision):
+        """This ensemble with its weights in another precision, its models not yet loaded; what is loaded of this one is let go.
+
+        They may not all fit then: as many stay on a GPU as there is room for.
+        """
+        if networks.dtype_of(precision, self.device) == self.dtype:
+            return self
+        self.loaded.clear()
+        self.__dict__.pop("router", None)
+        other = copy.copy(self)
+        other.loaded = {}
+        other.dtype, other.precision = networks.dtype_of(precision, self.device), networks.resolve(precision, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            sizes = [models.parameters(models.ModelConfig(**info["model"])) * other.dtype.itemsize for info in self.infos.values()]
+            # half of what is free: a forward pass needs its own
+            fits = plan.how_many(sizes, torch.cuda.mem_get_info(self.device)[0] / 2)
+            other.resident = min(self.resident or len(sizes), fits)
+        return other
 
     @functools.cached_property
     def router(self):
@@ -306,7 +329,9 @@ def open_space(team, run_config, given, device):
         elif "weights" not in info[role]:
             raise UserError(f"--{role}.name {given[f'{role}.name']}: {team.path} was trained without a pretrained {role} network")
     config.text.length, config.text.vocab = team.config.length, team.config.vocab
-    config.text.layer, config.text.precision = info["text"].get("layer", "last"), info["text"].get("precision", "auto")
+    config.text.layer = info["text"].get("layer", "last")
+    # as in training, whatever the device was: a text encoder's tf32 is its fp32 on a GPU
+    config.text.precision = info["text"].get("precision", "auto").replace("tf32", "fp32")
     return pretrained.Space(config, device, info, team.path)
 
 

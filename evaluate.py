@@ -13,6 +13,7 @@ writes  RUN/evaluation/TABLE.json and TABLE.md (models, or strategies, experts; 
         ROW.npz (arr_0: uint8 [N,S,S,3]; arr_1: classes), with --table experts a figure; reference-*.safetensors, the reference's statistics
 Sample i of each row starts from the noise of (seed, i) and has the condition of the same reference picture: rows differ by their models alone.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -93,6 +94,11 @@ def measure(batches, count, spaces, references, clusters=None, K=0, clip=None, c
 
 
 # ---- validation loss ----------------------------------------------------------------------------------------------
+
+def loss_precision(precision):
+    """The context of a validation loss in this precision: without TF32 unless it is asked for."""
+    return contextlib.nullcontext() if precision == "tf32" else networks.exact_products()
+
 
 @torch.no_grad()
 def validate(team, strategies, space, data, numbers, labels, args, ranks):
@@ -256,7 +262,7 @@ def evaluate_run(opened, args, spaces, clip, ranks, folder, save):
             guidance = f", guidance {settings.cfg:g}" if d.condition != "none" else ""
             result["rows"].append({"model": model, "strategy": settings.row if model == "ensemble" else "", "missing": team.missing,
                                    "gflops_per_image": flops / args.samples / 1e9, **row, "sampler": f"{settings.solver} {settings.steps} steps{guidance}",
-                                   "settings": {k: v for k, v in vars(settings).items() if k != "row"}, "shift": team.shift(settings), "seed": args.seed,
+                                   "settings": {k: v for k, v in vars(settings).items() if k != "row"} | {"precision": team.precision}, "shift": team.shift(settings), "seed": args.seed,
                                    "reference": reference["name"]})
             if args.npz and ranks.rank == 0:
                 arrays = {"arr_0": pictures} | ({"arr_1": np.array([condition(i) for i in range(args.samples)])} if d.condition == "class" else {})
@@ -267,9 +273,14 @@ def evaluate_run(opened, args, spaces, clip, ranks, folder, save):
             save(result)
         if numbers:
             strategies = ["full"] if model != "ensemble" else args.loss or [s for s in LOSSES if (clusters and not team.missing if s == "oracle" else fits(s, K))]
-            found, answers = validate(team, strategies, space, data, numbers, labels, args, ranks)
+            # differences of a thousandth are read from it: in fp32 unless asked otherwise, whatever samples are drawn in
+            exact = team.in_precision("fp32" if args.loss_precision == "tf32" else args.loss_precision)
+            with loss_precision(args.loss_precision):
+                found, answers = validate(exact, strategies, space, data, numbers, labels, args, ranks)
+            named = "fp32" if args.loss_precision == "fp32" else exact.precision
+            del exact       # its memory goes with it
             losses |= {f"ensemble, {strategy}": loss for strategy, loss in found.items()} if model == "ensemble" else {model: found["full"]}
-            result["loss"] = {"images": len(numbers), "seed": args.seed, "reference": reference["name"], "precision": config.sample.precision, "models": summarise(losses)}
+            result["loss"] = {"images": len(numbers), "seed": args.seed, "reference": reference["name"], "precision": named, "models": summarise(losses)}
             if team.routed and clusters and not team.missing:
                 result["router"] = router_quality(answers, labels[numbers])
             save(result)
@@ -316,6 +327,8 @@ def read_arguments():
     group.add_argument("--loss", nargs="+", default=[], metavar="S", help=f"strategies of the validation loss (default: {' '.join(LOSSES)}; oracle: the "
                        "expert of the picture's own cluster)")
     group.add_argument("--loss-images", type=int, metavar="N", help="reference pictures for it, at most (default: 2000; 0: none)")
+    group.add_argument("--loss-precision", default="fp32", choices=("fp32", "tf32", "bf16"), help="of the validation loss and the router's answers (default: fp32, "
+                       "also on a GPU; samples are drawn in --precision)")
     group.add_argument("--table", choices=["models", "strategies", "experts"], default="models", help="models (default): each model of the run; "
                        "strategies: every strategy, the paper's table 1; experts: several runs, its figure 4")
     group.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="with --table experts: the runs beside --run")
@@ -329,7 +342,7 @@ def read_arguments():
     for role in ("autoencoder", "text", "features"):
         group.add_argument(f"--{role}.name", metavar="NAME", help="hub name or local folder of the same network")
     args, given = parse(parser)
-    alone = {"--loss": args.loss, "--samples": args.samples, "--loss-images": args.loss_images, "--seed": args.seed, "--models": args.models, "--clip": args.clip,
+    alone = {"--loss": args.loss, "--loss-precision": args.loss_precision if args.loss_precision != "fp32" else "", "--samples": args.samples, "--loss-images": args.loss_images, "--seed": args.seed, "--models": args.models, "--clip": args.clip,
              "--npz": args.npz, "--table": args.table != "models"} | {f"--{name}": True for name in given}
     if args.images:
         alone["--run"] = args.run != parser.get_default("run")
@@ -347,7 +360,8 @@ def read_arguments():
     of_samples = {"--features": args.features, "--clip": args.clip, "--npz": args.npz} | {
         f"--{n.partition('.')[2].replace('_', '-')}": n.startswith("sample.") and n.partition(".")[2] not in ("resident", "precision", "compile") for n in given}
     for idle, why in ((not args.samples and next((flag for flag, value in of_samples.items() if value), ""), "--samples 0"),
-                      (not args.loss_images and args.loss and "--loss", "--loss-images 0"), (args.runs and args.npz and "--npz", "--table experts")):
+                      (not args.loss_images and args.loss and "--loss", "--loss-images 0"),
+                      (not args.loss_images and args.loss_precision != "fp32" and "--loss-precision", "--loss-images 0"), (args.runs and args.npz and "--npz", "--table experts")):
         if idle:
             raise UserError(f"{idle} does nothing with {why}")
     if (args.table == "experts") != bool(args.runs):

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import networks
-from common import UserError, atomic, cores, gather, progress, sum_over_ranks
+from common import UserError, atomic, cores, gather, local_world, progress, sum_over_ranks
 from data import BadSample, TarDataset, check_condition, decode, find_tars, mix, permute, square, to_tensor
 from metrics import Statistics
 
@@ -132,7 +132,7 @@ def read_reference(data, spaces, clusters, folder, batch, ranks):
         spaces, clusters = [space for i, space in enumerate(spaces) if i in missing], clusters if len(files) - 1 in missing else None
         keep = [permute(i, len(data), 0, 3) for i in range(min(KEPT, len(data)))]       # the first n of these are a uniform subset, too
         statistics, labels = [Statistics(keep) for _ in spaces], torch.full((2, len(data)), -1)
-        mine, workers = list(range(ranks.rank, len(data), ranks.world)), max(0, min(8, cores() // ranks.world - 1))
+        mine, workers = list(range(ranks.rank, len(data), ranks.world)), max(0, min(8, cores() // local_world() - 1))
         loader = torch.utils.data.DataLoader(_Prepared(data, mine, spaces, clusters), batch, num_workers=workers, collate_fn=list,
                                              multiprocessing_context="fork" if workers else None)
         bar = progress(desc="reference", total=len(mine), unit=" images")

@@ -209,10 +209,14 @@ def ensemble(weights, velocity, x_t, t, *conditions, order=None):
 
     velocity(k, x_t, t, *conditions) -> v of expert k; each condition is None or a tensor [B,...]. order: of the experts, if it matters.
     """
-    v, chosen = torch.zeros_like(x_t), (weights > 0).cpu()     # one wait for the device, not one for each expert
+    # the one wait for the device: which samples are whose is worked out on the host, and goes back as one list that nobody waits for
+    chosen = (weights > 0).cpu()
     assert chosen.any(1).all(), "a sample has no expert: its router's answer is not finite"
+    samples = chosen.T.nonzero()[:, 1].to(x_t.device, non_blocking=True)        # those of expert 0, then those of expert 1, ...
+    groups = samples.split(chosen.sum(0).tolist())
+    v = torch.zeros_like(x_t)
     for k in range(weights.shape[1]) if order is None else order:
-        rows = chosen[:, k].nonzero().flatten().to(x_t.device)
+        rows = groups[k]
         if len(rows):
             v_k = velocity(k, x_t[rows], t[rows], *(None if c is None else c[rows] for c in conditions))
             v.index_add_(0, rows, expand(weights[rows, k], v_k) * v_k)

@@ -354,7 +354,8 @@ class Trunk(nn.Module):
         emb = self.embed_time(t)
         if self.config.condition == "class":
             emb = emb + self.class_embed(c)
-        return self.patch_embed(x_t).flatten(2).transpose(1, 2), emb
+        # contiguous: every sum x + y down to the last block would take over the transposed layout of its first operand
+        return self.patch_embed(x_t).flatten(2).transpose(1, 2).contiguous(), emb
 
     def trunk(self, x_t, t, c, first=None):
         """-> [B,N,D] after the blocks, normalised and modulated. `first` [1,1,D]: a token set before the patches."""
@@ -429,6 +430,9 @@ class MMDiT(DiT):
             mask = F.pad(mask, (0, x.shape[1]), value=True)[:, None, None]      # [B,1,1,M+N]
         else:
             y, mask = self.text_norm(self.text_null).expand(len(x), -1, -1), None
+        # both streams in one precision: under autocast a norm gives fp32 and the patches come in bf16, which the first
+        # block's sums would make fp32. All other blocks would then be another graph than the first
+        x = x.to(y.dtype)
         angle = F.pad(self.positions, (0, 0, y.shape[1], 0))                    # text is not turned
         mod = self.modulation(emb).unflatten(1, (6, -1))                        # [B,6,D]
         for block in self.blocks[:self.config.double]:
@@ -455,8 +459,11 @@ class Router(Trunk):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, x_t, t, c=None):
-        """x_t [B,C,S,S], t [B] in [0,1], c the condition -> logits [B,K]."""
-        return self.head(self.trunk(x_t, t, c, self.cls_token)[:, 0])
+        """x_t [B,C,S,S], t [B] in [0,1], c the condition -> logits [B,K], float32 whatever the weights' precision."""
+        x = self.trunk(x_t, t, c, self.cls_token)[:, 0]                         # [B,D]
+        # one product of [D,K]: in bf16 it would round the logits, so that p is off by some percent and clusters tie
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.head.weight.float(), self.head.bias.float())
 
 
 def null_condition(config, c):
@@ -530,14 +537,17 @@ def read_info(path):
 
 
 def load(path, device="cpu", dtype=torch.float32):
-    """-> (model in eval mode on device, its weights as dtype; its metadata). ValueError as read_info.
+    """-> (model in eval mode on device, its weights as dtype, a router's head as float32; its metadata). ValueError as read_info.
 
     Nothing is copied that need not be: on a CPU, weights that are of this dtype in the file stay mapped from it.
     """
     info = read_info(path)
     with torch.device("meta"):
         model = build(ModelConfig(**info["model"]))
+    exact = ("head.weight", "head.bias") if info["model"]["clusters"] else ()
     with safe_open(path, framework="pt", device=str(device)) as f:
-        model.load_state_dict({k: f.get_tensor(k).to(dtype) for k in f.keys()}, assign=True)     # one by one: never twice on the device
+        # one by one: never twice on the device
+        weights = {k: f.get_tensor(k).to(torch.float32 if k in exact else dtype) for k in f.keys()}
+    model.load_state_dict(weights, assign=True)
     model.reset_positions(device, dtype)
     return model.eval(), info

@@ -4,6 +4,7 @@ Each is given by its hub name (NAME@REVISION pins it) or a local folder in the f
 here and only where a config asks for a network. What an artifact says of a network (`info`) is its class, a digest of its weights and its
 preprocessing; that, not the name, decides whether two of them are the same (`identity`).
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -93,6 +94,10 @@ def digest(network):
     return hashlib.sha256(b"".join(sorted(tensors))).hexdigest()[:12]
 
 
+def weight_bytes(network):
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
+
+
 def identity(info):
     """What two networks must have in common to stand for each other: all but where they came from and the precision that they run in."""
     return {k: v for k, v in info.items() if k not in ("name", "revision", "precision")}
@@ -117,8 +122,33 @@ def label(info):
     return f"{info['name']!r}" + (f" ({about})" if about else "")
 
 
+# ---- precision ----------------------------------------------------------------------------------------------------
+
 def dtype_of(precision, device):
     return torch.bfloat16 if precision == "bf16" or precision == "auto" and device.type == "cuda" else torch.float32
+
+
+def resolve(precision, device):
+    """What a precision (auto, bf16, tf32 or fp32, of weights) means on a device: bf16, tf32 or fp32. That is what results are named by.
+
+    On a GPU fp32 weights are multiplied as TF32 (common.start), but within exact_products().
+    """
+    if dtype_of(precision, device) == torch.bfloat16:
+        return "bf16"
+    return "tf32" if device.type == "cuda" else "fp32"
+
+
+@contextlib.contextmanager
+def exact_products():
+    """In here products and convolutions of fp32 numbers are fp32's on a GPU, too, not TF32's. For the whole process, so not beside training."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 # ---- image features -----------------------------------------------------------------------------------------------
@@ -129,6 +159,7 @@ def image_features(settings, device, normalise=True, key="features.name"):
     prepare: PIL image -> uint8 [S,S,3]; features: list of these -> [n,D] float32; info names the network and its preprocessing. The middle square
     at 224 pixels (CLIP: at the size of its config; ResNet: at that of its preprocessor_config.json) with the statistics that the network was
     trained with. normalise: to length 1, as for clustering; Frechet distances take features as they come. key: what the user calls the name.
+    In fp32 they are computed without TF32, so that a GPU and a CPU give the same, which is cached under the same name.
     """
     folder, revision, about = locate(key, settings.name)
     import transformers
@@ -169,6 +200,7 @@ def image_features(settings, device, normalise=True, key="features.name"):
         return tokens[:, 0] if settings.pool == "cls" else torch.cat([tokens[:, 0], tokens[:, first_patch:].mean(1)], dim=1)
 
     @torch.no_grad()
+    @exact_products()
     def features(pictures):
         if not pictures:
             return features([np.zeros((side, side, 3), np.uint8)])[:0]      # [0,D]
@@ -196,13 +228,15 @@ def clip_scorer(name, device):
     mean, std = (torch.tensor(s, device=device).view(3, 1, 1) for s in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
     @torch.no_grad()
+    @exact_products()
     def score(pictures, captions):
         x = (torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2) / 255 - mean) / std
         text = tokenizer(captions, padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
         out = network(input_ids=text["input_ids"], attention_mask=text["attention_mask"], pixel_values=x)       # both of length 1
         return 100 * (out.image_embeds * out.text_embeds).sum(1).clamp(min=0).cpu()
 
-    return lambda image: square(image, side), score, {"name": name, "revision": revision, "class": "CLIPModel", "weights": digest(network)}
+    info = {"name": name, "revision": revision, "class": "CLIPModel", "weights": digest(network), "precision": "fp32"}
+    return lambda image: square(image, side), score, info
 
 
 # ---- autoencoder --------------------------------------------------------------------------------------------------
@@ -235,7 +269,7 @@ def autoencoder(name, device, precision="fp32"):
     """
     kind, folder, revision, info = autoencoder_info(name)
     network = load("autoencoder.name", kind, folder, revision).to(device)
-    info |= {"weights": digest(network), "precision": precision}
+    info |= {"weights": digest(network), "precision": resolve(precision, device)}
     scale, shift = (torch.tensor(info[k], device=device, dtype=torch.float32).view(-1, 1, 1) for k in ("scale", "shift"))
     network.tile_sample_min_size, network.tile_latent_min_size = TILE, TILE // info["factor"]
     network.spatial_scale_factor = info["factor"]       # AutoencoderTiny's tiles take it for 8 always
@@ -262,7 +296,25 @@ def autoencoder(name, device, precision="fp32"):
                 pictures.append(network.decode(part).sample.float())
         return torch.cat(pictures)
 
-    return SimpleNamespace(info=info, encode=encode, decode=decode)
+    return SimpleNamespace(info=info, encode=encode, decode=decode, bytes=weight_bytes(network))
+
+
+def frozen_parameters(config):
+    """Weights of the autoencoder and the text encoders that a config names, [number of each], by their configs alone. UserError."""
+    counted = []
+    if config.autoencoder.name != NONE["autoencoder"]:
+        kind, folder, revision, _ = autoencoder_info(config.autoencoder.name)
+        with torch.device("meta"):
+            counted.append(kind.from_config(kind.load_config(folder, revision=revision)))
+    if config.data.condition == "text" and config.text.name != NONE["text"]:
+        import transformers
+        for kind, folder, revision in text_info(config.text)[0]:
+            about = transformers.AutoConfig.from_pretrained(folder, revision=revision)
+            with torch.device("meta"):
+                # an Auto class chooses by the config, CLIPTextModel takes the half that is its own
+                network = kind.from_config(about) if hasattr(kind, "from_config") else kind(about.get_text_config())
+            counted.append(network.get_encoder() if network.config.is_encoder_decoder else network)
+    return [sum(p.numel() for p in network.parameters()) for network in counted]
 
 
 # ---- text encoder -------------------------------------------------------------------------------------------------
@@ -306,6 +358,7 @@ def text_encoder(settings, device):
         if settings.length > longest:
             raise UserError(f"text.length = {settings.length}, but {folder!r} reads {longest} tokens at most")
         encoders.append((tokenizer, network.to(device, dtype)))
+    info["precision"] = resolve(settings.precision, device)
     info["weights"], warned = " ".join(marks), os.environ.get("RANK", "0") != "0"
     limit = torch.finfo(torch.float16).max
 
@@ -335,4 +388,4 @@ def text_encoder(settings, device):
         raise UserError(f"text.name = {settings.name!r} gives no token features of a caption ({_cause(error)}): give a text encoder") from None
     if width != info["dim"]:
         raise UserError(f"text.name = {settings.name!r} gives {width} features a token, its config says {info['dim']}: give a text encoder")
-    return SimpleNamespace(info=info, encode=encode)
+    return SimpleNamespace(info=info, encode=encode, bytes=sum(weight_bytes(network) for _, network in encoders))

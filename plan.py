@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
-from common import UserError, broadcast
+import networks
+from common import UserError, broadcast, local_world
 
 # dense peak rates in 1e12 FLOP/s, bf16 and TF32 multiplications (vendors' data sheets, without sparsity), and memory in GB, by words of the device's name
 DEVICES = {"B200": (2250, 1125, 180), "GB200": (2500, 1250, 186), "GH200": (989, 495, 96), "H200 NVL": (836, 418, 141), "H200": (989, 495, 141),
@@ -27,7 +28,10 @@ DEVICES = {"B200": (2250, 1125, 180), "GB200": (2500, 1250, 186), "GH200": (989,
 # downsampling and channels, and width of the token features, of networks that configs/ name: a plan need not ask the hub
 AUTOENCODERS = {"": (1, 3), "stabilityai/sd-vae-ft-mse": (8, 4)}
 TEXT_ENCODERS = {"openai/clip-vit-large-patch14": 768, "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": 1280, "google/t5-v1_1-xl": 2048}
-USABLE = 0.9        # of a GPU's memory: the rest goes to the driver, to communication buffers and to fragmentation
+# weights of these
+FROZEN = {"stabilityai/sd-vae-ft-mse": 83_653_863, "openai/clip-vit-large-patch14": 123_060_480,
+          "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": 693_021_440, "google/t5-v1_1-xl": 1_223_527_424}
+USABLE = 0.9        # of a GPU's memory: the rest goes to the driver's context, to communication buffers and to fragmentation
 GB = 1e9
 
 aten = torch.ops.aten
@@ -48,7 +52,7 @@ def device_memory(device):
     """Bytes that a rank has: its GPU's memory, or its share of the host's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world()
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -106,21 +110,57 @@ def kept(config, batch, bf16):
     return {"none": everything, "selective": min(again + expensive.bytes, everything), "block": again}
 
 
+def how_many(sizes, room):
+    """How many of the largest of these models (bytes each) fit into `room` bytes, at least one."""
+    total, count = 0, 0
+    for size in sorted(sizes, reverse=True):
+        total += size
+        if total > room:
+            break
+        count += 1
+    return max(1, count)
+
+
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
+
+
+def frozen(config, bf16):
+    """The frozen networks of a run's config -> (bytes of their weights, bytes that they work in, words for networks that are left out).
+
+    Both are resident unless their work is cached; even then one GPU has the autoencoder, which draws samples.
+    """
+    text = config.data.condition == "text" and config.text.name != networks.NONE["text"]
+    names = [name.strip() for name in config.text.name.split(" + ")] if text else []
+    latent = config.autoencoder.name != networks.NONE["autoencoder"]
+    sizes = [FROZEN.get(name) for name in [config.autoencoder.name] * latent + names]
+    unknown = ""
+    if None in sizes:
+        try:
+            sizes = networks.frozen_parameters(config)
+        except UserError as error:
+            sizes, unknown = [size or 0 for size in sizes], f"; without some frozen networks, of which nothing is known ({error})"
+    weights = 4 * sum(sizes[:latent])       # an autoencoder's are fp32 always
+    weights += sum(sizes[latent:]) * (2 if bf16 and config.text.precision != "fp32" else 4)
+    # about four feature maps of Stable Diffusion's 128 channels at full resolution
+    work = 4 * 128 * 4 * networks.AT_ONCE if latent else 0
+    return weights, work, unknown
 
 
 class Memory:
     """Bytes that training the model of a ModelConfig takes on each of `world` GPUs.
 
-    micro: images a forward pass; accumulating: a step has several of them; beside: bytes for something else, such as teachers.
+    micro: images a forward pass; accumulating: a step has several of them; beside: bytes for something else, such as teachers or frozen
+    networks; work: bytes that frozen networks work in, before the forward pass.
     """
 
-    def __init__(self, config, bf16, beside=0):
-        self.beside = beside
+    def __init__(self, config, bf16, beside=0, work=0):
+        self.beside, self.work = beside, work
         two, three = kept(config, 2, bf16), kept(config, 3, bf16)
         self.image = {mode: three[mode] - two[mode] for mode in two}
         self.casts = two["none"] - 2 * self.image["none"]       # bf16 copies of the weights, which autocast makes and backward needs
+        # token features in f16, as they come and with some of them dropped
+        self.image = {mode: bytes + 2 * 2 * config.length * config.text_dim for mode, bytes in self.image.items()}
         with torch.device("meta"):
             model = models.build(config)
         self.parameters = parameters(model)
@@ -133,10 +173,14 @@ class Memory:
         # sharded: besides what is outside of blocks two of those are gathered at a time: weights, their gradients, and these in fp32 to be summed.
         # While micro-batches add up, all gradients are whole.
         copies = self.gathered * (8 if self.bf16 else 12) if sharded else self.casts
-        return {"weights": 4 * P / W, "gradients": 4 * P / (1 if accumulating else W), "AdamW": 8 * P / W, "average": 4 * P / W, "copies": copies}
+        gradients = 4 * P / (1 if accumulating else W)
+        if accumulating and world > 1 and not sharded:
+            # DDP has its buckets from the start, and the first micro-batch of all, after which nothing is summed, makes gradients beside them
+            gradients += 4 * P
+        return {"weights": 4 * P / W, "gradients": gradients, "AdamW": 8 * P / W, "average": 4 * P / W, "copies": copies}
 
     def total(self, sharded, world, micro, accumulating, mode):
-        return self.beside + sum(self.fixed(sharded, world, accumulating).values()) + micro * self.image[mode]
+        return self.beside + sum(self.fixed(sharded, world, accumulating).values()) + max(micro * self.image[mode], self.work)
 
     def configured(self, sharded, train, world, share):
         """The total as [train] has it, for a rank's share of the batch."""
@@ -146,6 +190,15 @@ class Memory:
     def shards(self, train, world, share, memory):
         """Whether train.parallel means sharding, for a rank's share of the batch and bytes of memory."""
         return world > 1 and (train.parallel == "fsdp" or train.parallel == "auto" and self.configured(False, train, world, share) > USABLE * memory)
+
+    def teachers(self, train, world, share, sizes, memory):
+        """How many of the models of these sizes (bytes) fit beside the training as [train] has it, at least one; replicas, if they fit, go first."""
+        ways = {"ddp": [False], "fsdp": [True], "auto": [False, True]}[train.parallel] if world > 1 else [False]
+        for sharded in ways:
+            room = USABLE * memory - self.configured(sharded, train, world, share)
+            if room >= max(sizes):
+                return how_many(sizes, room)
+        return 1
 
     def micro_batch(self, sharded, world, share, mode, memory):
         """The largest divisor of a rank's share of the batch that fits into `memory` bytes; 0 if none does."""
@@ -170,9 +223,13 @@ def days(seconds):
     return f"{seconds / 86400:.1f} days" if seconds > 2 * 86400 else f"{seconds / 3600:.1f} hours" if seconds > 2 * 3600 else f"{seconds / 60:.1f} minutes"
 
 
-def report(name, config, train, batch, settings, teachers=0):
-    """Prints the plan of one training (rank 0). settings: [plan] of the run's config; teachers: models of its size on each GPU besides. UserError if
-    the GPUs cannot share the batch."""
+def report(name, config, train, batch, run_config, teachers=0, resident=-1):
+    """Prints the plan of one training (rank 0), of the model of a ModelConfig.
+
+    teachers: models of its size that it learns from, of which `resident` stay on each GPU (0: all, -1: as many as fit). UserError if the
+    GPUs cannot share the batch.
+    """
+    settings = run_config.plan
     if os.environ.get("RANK", "0") != "0":
         return
     world = int(os.environ.get("WORLD_SIZE", settings.gpus))
@@ -180,18 +237,25 @@ def report(name, config, train, batch, settings, teachers=0):
         raise UserError(f"a batch of {batch} cannot be shared by {world} GPUs: change train.batch or --plan.gpus")
     rates, share, bf16 = DEVICES[settings.gpu], batch // world, train.precision != "fp32"
     peak, memory = rates[0 if bf16 else 1] * 1e12, rates[2] * GB
-    need = Memory(config, bf16)
+    weights, work, unknown = frozen(run_config, bf16)
+    need = Memory(config, bf16, weights, work)
+    if teachers:
+        each = need.parameters * 2      # in bf16, see ensemble.py
+        resident = need.teachers(train, world, share, [each] * teachers, memory) if resident < 0 else min(resident or teachers, teachers)
+        need.beside += resident * each
     with torch.device("meta"):
         model = models.build(config)
     image_flops, tokens = (4 if teachers else 3) * model.flops(), sum(model.tokens())
-    need.beside = teachers * need.parameters * 2        # in bf16, see ensemble.py
     images = train.steps * batch
     print(f"{name}: {type(model).__name__} of {need.parameters / 1e6:.4g}M parameters; an image is {model.tokens()[0]} tokens + {model.tokens()[1]} of text, "
           f"{image_flops / 1e12:.4g} TFLOPs to train on ({model.flops() / 1e12:.4g} forward)")
     print(f"batch {batch} = {world} x {settings.gpu} x {share}; {train.steps:,} steps = {images / 1e6:.4g}M images = {images * tokens / 1e9:.4g}G tokens "
           f"= {images * image_flops:.3g} FLOPs")
-    print(f"\nmemory in GB of the {rates[2]} of a {settings.gpu}, {USABLE:.0%} of which may be used; activations as in eager mode"
-          + (f"; {need.beside / GB:.3g} GB of it for teachers" if teachers else ""))
+    print(f"\nmemory in GB of the {rates[2]} of a {settings.gpu}, {USABLE:.0%} of which may be used; activations as in eager mode")
+    if weights or unknown:
+        print(f"of it {weights / GB:.3g} GB for frozen networks (less where their work is cached), which work in {work / GB:.2g} GB before the model does{unknown}")
+    if teachers:
+        print(f"of it {resident * each / GB:.3g} GB for {resident} of {teachers} teachers")
     print("         activation     weights  gradients   AdamW  average  copies    an image's     micro-batch     in all\n"
           "         checkpointing                                              activations    that fits")
     for sharded in (False, True) if world > 1 else (False,):
@@ -203,6 +267,9 @@ def report(name, config, train, batch, settings, teachers=0):
             print(f"{'*' if chosen else ' '}{'FSDP2' if sharded else 'DDP' if world > 1 else 'one':7s} {mode:12s}" + "".join(f"{parts[k] / GB:{w}.2f}" for k, w in zip(parts, (10, 11, 8, 9, 8)))
                   + f"{need.image[mode] / GB:14.3f}{micro or 'none':>16}{total / GB:11.1f}")
     print("* as configured (train.parallel, train.activation_checkpointing); auto shards only if replicas do not fit")
+    staged = 16 * need.parameters       # weights, moments, average
+    print(f"host memory: a checkpoint is first copied to {staged / GB:.3g} GB of pinned memory for each GPU, which is kept"
+          + (f"; sharded (FSDP2) to {staged / world / GB:.3g} GB" if world > 1 else ""))
     step = batch * image_flops / (world * peak * settings.mfu)
     print(f"\ntime: {step:.3g} s a step, {batch / step:.4g} images/s, {days(step * train.steps)} for {train.steps:,} steps at {settings.mfu:.0%} MFU of {peak / 1e12:.0f} TFLOP/s "
           f"({'bf16' if bf16 else 'TF32'}) a GPU")

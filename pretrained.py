@@ -30,7 +30,7 @@ from common import (UserError, atomic, gather, load_run, make_parser, on_rank_0,
                     sum_over_ranks)
 from data import TarWriter, index_tar, square, to_float, to_uint8, usable
 from model import hash_words, normalise_text, words
-from networks import NONE, autoencoder, autoencoder_info, dtype_of, identity, label, pinned, text_encoder, text_info
+from networks import NONE, autoencoder, autoencoder_info, identity, label, pinned, resolve, text_encoder, text_info
 
 BATCH = 64      # pictures that are cached together
 
@@ -63,6 +63,8 @@ class Space:
             info = {"name": settings.name}
         elif wanted and wanted["name"] == settings.name:        # taken at its word until it is loaded
             info = wanted | ({"length": settings.length, "layer": settings.layer} if role == "text" else {})
+            if self.device is not None:
+                info["precision"] = resolve(settings.precision, self.device)
         elif self.device is None:
             return autoencoder_info(settings.name)[-1] if role == "autoencoder" else text_info(settings)[-1]
         else:
@@ -94,8 +96,13 @@ class Space:
         """Loads each network once to complete its info by the digest of its weights."""
         for role in self.info:
             if network := self.network(role):
-                self.info[role] = network.info
+                # without a precision: each stage has its own
+                self.info[role] = {key: value for key, value in network.info.items() if key != "precision"}
                 self.forget(role)
+
+    def weight_bytes(self):
+        """Bytes that the networks take which are loaded now."""
+        return sum(network.bytes for network in self._networks.values())
 
     def forget(self, role):
         """Frees the memory of a network that is done."""
@@ -247,8 +254,8 @@ def main():
     about = {"fingerprint": clusters["fingerprint"], "size": config.data.size, "condition": config.data.condition, "flip": config.data.flip,
              # a list, for pictures of several shapes: all KEY.lat here have the first one
              "shapes": [[1 + config.data.flip, 1 + space.posterior, space.channels, space.size, space.size]],
-             "autoencoder": space.info["autoencoder"] | {"precision": config.autoencoder.precision},
-             "text": space.info["text"] | {"precision": str(dtype_of(config.text.precision, ranks.device))} if args.captions else {"name": ""}}
+             "autoencoder": space.info["autoencoder"] | {"precision": resolve(config.autoencoder.precision, ranks.device)},
+             "text": space.info["text"] | {"precision": resolve(config.text.precision, ranks.device)} if args.captions else {"name": ""}}
     old = _read_about(target) or about | {"tars": {}}       # without an old one, as if it were the same
     if bool(old["text"]["name"]) != args.captions:
         raise UserError(f"{target} was made with{'' if old['text']['name'] else 'out'} --captions: call it so again, or delete {target} to make it anew")

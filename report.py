@@ -93,9 +93,11 @@ def rows_table(results):
         if "cluster_shares" in reference:
             cells = ["(the reference)"] + [""] * (len(header) - 6) + [percent(reference["cluster_shares"]), "", reference["images"], "", reference["name"]]
             lines.append([result["run"]] * several + cells)
+    precisions = dict.fromkeys(row["settings"]["precision"] for row in rows if "settings" in row)
+    sampled = f"\n\nsamples were drawn with weights in {', '.join(precisions)}" if precisions else ""
     features = results[0]["reference"]["features"]
     return markdown(["run"] * several + header, lines) + "".join(
-        f"\n\n{name}: {info['name']}, {info['preprocessing']}; precision and recall: of {rows[0][name]['of_pictures']} pictures each" for name, info in features.items())
+        f"\n\n{name}: {info['name']}, {info['preprocessing']}; precision and recall: of {rows[0][name]['of_pictures']} pictures each" for name, info in features.items()) + sampled
 
 
 def bins(values):

@@ -222,6 +222,7 @@ def main():
     device = ranks.device
     team = Ensemble(args.run, device, args.only, settings.resident, settings.precision, settings.compile, args.require_all)
     team.check(settings)
+    settings.precision = team.precision         # what it means on this device, for the images' text chunks
     times = flow.time_grid(settings.steps, team.shift(settings))
     space = open_space(team, config, given, device)
     captions, conditions, negative = read_conditions(args, team.config, space)

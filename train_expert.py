@@ -34,7 +34,7 @@ def main():
     batch = train.batch if args.shard == "all" else train.batch // K      # equal compute: the monolith's batch, divided evenly
     name = f"expert-{args.shard}"
     if args.plan is not None:
-        return plan.report(name, training.model_config(config, "model", training.plan_space(args, config)), train, batch, config.plan)
+        return plan.report(name, training.model_config(config, "model", training.plan_space(args, config)), train, batch, config)
 
     clusters = read_clusters(args.run)
     there = training.find_shards(args.run)
@@ -49,7 +49,7 @@ def main():
         if space.config.autoencoder.name:
             on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
         state = engine.State(args.run, name, training.model_config(config, "model", space), train, ranks, config, space, batch,
-                             shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
+                             beside=space.weight_bytes(), shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
         info = training.describe(config, space, clusters) | {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
 
         path = os.path.join(args.run, "experts", f"{args.shard}.safetensors")

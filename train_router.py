@@ -37,13 +37,14 @@ def main():
     config = load_run(args.run, given, "router", args.plan)
     train = training.stage_config(config, "router")
     if args.plan is not None:
-        return plan.report("router", set_steps(train, config, training.plan_space(args, config)), train, train.batch, config.plan)
+        return plan.report("router", set_steps(train, config, training.plan_space(args, config)), train, train.batch, config)
     clusters = read_clusters(args.run)
 
     with training.owned(args.run, "router"):
         ranks = start(args.device, training.patience(train))
         data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters, labelled=True, verify=args.verify)
-        state = engine.State(args.run, "router", set_steps(train, config, space), train, ranks, config, space, train.batch, clustering=clusters["fingerprint"], images=len(data))
+        state = engine.State(args.run, "router", set_steps(train, config, space), train, ranks, config, space, train.batch,
+                             beside=space.weight_bytes(), clustering=clusters["fingerprint"], images=len(data))
         info = training.describe(config, space, clusters)
 
         path = os.path.join(args.run, "router.safetensors")

@@ -42,7 +42,7 @@ import model as models
 import networks
 import plan
 import pretrained
-from common import UserError, atomic, barrier, cores, differences, gather, progress, sum_over_ranks
+from common import UserError, atomic, barrier, cores, differences, gather, local_world, progress, sum_over_ranks
 from data import TarDataset, collate, index_tar, mix, picture_grid, to_tensor
 from engine import BINS, FAILED, FINISHED, SHOWN, UNFINISHED, dispensable, mark
 
@@ -157,6 +157,9 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
     d = config.data
     space = pretrained.Space(config, ranks.device, clusters.get("networks"), os.path.join(run, "clusters.safetensors"))
     about = pretrained.read_cache(run, shards, config, clusters) if d.cached and config.autoencoder.name else None
+    for role in ("autoencoder", "text") if about else ():       # what is cached was made in the cache's precision
+        if about[role]["name"]:
+            space.info[role] = space.info[role] | {"precision": about[role].get("precision", space.info[role].get("precision"))}
     folders = [os.path.join(run, "latents" if about else "shards", k) for k in shards]
     found = [glob.glob(os.path.join(glob.escape(folder), "*.tar")) for folder in folders]
     if missing := [folder for folder, tars in zip(folders, found) if not tars]:
@@ -435,7 +438,7 @@ def check_shared_memory(data, position, micro, workers):
     tensors = [value for value in collate([data[position]]).values() if isinstance(value, torch.Tensor)]
     page = 4096
     batch = sum(-(-tensor.nbytes * micro // page) * page for tensor in tensors)
-    need = batch * (AHEAD * workers + 1) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = batch * (AHEAD * workers + 1) * common.local_world()
     free = shutil.disk_usage("/dev/shm").free
     if free < need:
         raise UserError(f"the shared memory /dev/shm has {free / 1e6:.3g} MB free, and {workers} decoding processes a rank put up to {need / 1e6:.3g} MB there: make it "
@@ -496,7 +499,7 @@ def steps(state, data, space, config, shown, profile=False):
 
     if ranks.rank == 0:
         mark(state.folder, UNFINISHED, state.step, begins=True)
-    workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, cores() // ranks.world - 1))
+    workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, cores() // local_world() - 1))
     # a fork shares the index; and when this process fails, nobody else stops decoding processes that ignore signals
     fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
     atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
@@ -680,29 +683,59 @@ def check_finite(state, log, step, positions):
 def save_samples(state, config, data, space, side=4, solver_steps=25):
     """RUN/samples/NAME-STEP.png: a grid drawn by the averaged weights of an expert or a student, for the first conditions of its data.
 
-    Rank 0 draws it; where the model is sharded all ranks must take part, since each holds but a part of it.
+    Rank 0 draws it; where the model is sharded all ranks must take part, since each holds but a part of it. Where memory is lacking there is
+    a warning instead. Only within the sharded model, which no rank can call without the others, does it end the training, as in a step.
     """
     if state.ranks.rank and not state.sharded:
         return
-    shape = (space.channels, space.size, space.size)
-    x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(side * side)])
-    c = collate([data[i] for i in range(side * side)])["c"]
-    c = space.captions(c) if isinstance(c, list) else c.to(state.ranks.device) if c.numel() else None
-    null, w = models.null_condition(state.model.config, c), config.sample.cfg
+
+    with dispensable("the samples") as reasons:
+        shape = (space.channels, space.size, space.size)
+        x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(side * side)])
+        c = collate([data[i] for i in range(side * side)])["c"]
+        c = space.captions(c) if isinstance(c, list) else c.to(state.ranks.device) if c.numel() else None
+    if state.sharded:
+        reasons = sum(gather(reasons), [])
+    if reasons:
+        return
+
+    with contextlib.nullcontext() if state.sharded else dispensable("the samples") as reasons:
+        x = draw_samples(state, config, space, x, c, solver_steps)
+    if reasons or state.ranks.rank:
+        return
+
+    path = os.path.join(state.run, "samples", f"{state.name}-{state.step:08d}.png")
+    with dispensable("the samples"):
+        pictures = space.pictures(x).cpu().numpy()
+        with atomic(path) as temporary:
+            picture_grid(pictures.reshape(side, side, *pictures.shape[1:])).save(temporary, "PNG")
+
+
+def draw_samples(state, config, space, x, c, solver_steps):
+    """Noise x [B,C,S,S] and conditions c [B,...] or None -> what the averaged weights make of them [B,C,S,S]. The weights are as before, whatever happens."""
+    device, w = state.ranks.device, config.sample.cfg
+    null, bound = models.null_condition(state.model.config, c), networks.bound(space.info["autoencoder"])
+    # no more at once than a micro-batch, for which there was memory with all that its backward pass needs
+    at_once = state.train.micro_batch or state.batch // state.ranks.world
+
+    def predict(x_t, t, c):
+        conditions = [None] * -(-len(x_t) // at_once) if c is None else c.split(at_once)
+        parts = zip(x_t.split(at_once), t.split(at_once), conditions)
+        return torch.cat([flow.predict_velocity(state.model, *part, config.flow.objective, config.flow.path, bound) for part in parts])
 
     def velocity(x_t, time):
-        t = torch.full((len(x_t),), time, device=x_t.device)
-        v = [flow.predict_velocity(state.model, x_t, t, cond, config.flow.objective, config.flow.path, networks.bound(space.info["autoencoder"]))
-             for cond in ((c,) if c is None or w == 1 else (c, null))]
-        return v[0] if len(v) == 1 else flow.guide(v[0], v[1], w)
+        t = torch.full((len(x_t),), time, device=device)
+        v = predict(x_t, t, c)
+        return v if c is None or w == 1 else flow.guide(v, predict(x_t, t, null), w)
 
-    state.swap_average()
     # eager: another batch without gradients would be compiled anew; autocast: FSDP gathers bf16 weights, which fp32 inputs do not go with
-    with torch.compiler.set_stance("force_eager"), torch.autocast(state.ranks.device.type, torch.bfloat16, enabled=state.sharded and state.bf16):
-        *_, x = flow.integrate(velocity, x.to(state.ranks.device), flow.time_grid(solver_steps, config.flow.shift), config.sample.solver)
+    eager = torch.compiler.set_stance("force_eager")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=state.sharded and state.bf16)
     state.swap_average()
-    if state.ranks.rank:
-        return
-    pictures = space.pictures(x).cpu().numpy()
-    with dispensable("the samples"), atomic(os.path.join(state.run, "samples", f"{state.name}-{state.step:08d}.png")) as temporary:
-        picture_grid(pictures.reshape(side, side, *pictures.shape[1:])).save(temporary, "PNG")
+    try:
+        with eager, autocast:
+            for x in flow.integrate(velocity, x.to(device), flow.time_grid(solver_steps, config.flow.shift), config.sample.solver):
+                pass
+    finally:
+        state.swap_average()
+    return x

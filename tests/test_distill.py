@@ -2,6 +2,7 @@
 import csv
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 
 import distill
 import model as models
+import plan
+from common import make_config
 
 
 class Part:
@@ -41,7 +44,7 @@ def distilled(trained, tmp_path_factory):
 
 def test_micro_batches_are_of_one_cluster_in_the_data_s_shares_over_any_stretch():
     sizes, micro, count = [600, 250, 110, 40], 5, 4000
-    data = distill.ByCluster([Part(n) for n in sizes], micro, count)
+    data = distill.ByCluster([Part(n) for n in sizes], micro)
     items = [data[p] for p in range(micro * count)]
     clusters = np.array([item["k"] for item in items]).reshape(count, micro)
     assert (clusters == clusters[:, :1]).all()
@@ -49,6 +52,44 @@ def test_micro_batches_are_of_one_cluster_in_the_data_s_shares_over_any_stretch(
         assert [item["position"] for item in items if item["k"] == k] == list(range((clusters[:, 0] == k).sum() * micro))     # the cluster's own stream, in order
         running = np.cumsum(clusters[:, 0] == k) - np.arange(1, count + 1) * n / 1000
         assert np.ptp(running) < 4      # of the golden ratio's sequence: no stretch is more than a few micro-batches off
+
+
+def test_the_stream_of_a_billion_steps_takes_no_memory_and_is_the_formula_s():
+    sizes, count = [600, 250, 110, 40], 3 * distill.BLOCK + 10
+    shares = np.cumsum(sizes) / 1000
+    clusters = np.searchsorted(shares[:-1], np.arange(count) * distill.GOLDEN % 1, side="right")
+    turns = np.zeros(count, np.int64)
+    for k in range(4):
+        turns[clusters == k] = np.arange((clusters == k).sum())
+    data = distill.ByCluster([Part(n) for n in sizes], 1)
+    edges = [edge + i for edge in range(0, count, distill.BLOCK) for i in (-1, 0, 1) if edge + i >= 0]
+    for m in [count - 1, *edges, *np.random.default_rng(0).integers(0, count, 300).tolist()]:      # in any order: a resume, a grid of samples
+        assert (data.cluster(m), data.turn(m)) == (clusters[m], turns[m]) and data[m] == {"position": turns[m], "k": clusters[m]}
+    whole = data.before[3]
+    assert whole.tolist() == np.bincount(clusters[:3 * distill.BLOCK], minlength=4).tolist()
+    assert sum(row.nbytes for row in data.before) < 1000        # a row a block, and not an entry a micro-batch
+
+
+def test_teachers_stay_where_there_is_room(monkeypatch):
+    shapes = [models.ModelConfig(8, 3, dim=dim, depth=1, heads=2, patch=2) for dim in (32, 32, 64)]
+    sizes = sorted(4 * models.parameters(shape) for shape in shapes)
+    infos = {k: {"model": vars(shape)} for k, shape in enumerate(shapes)}
+    train = make_config({"train.precision": "fp32"}).train
+
+    def kept(resident, device, room=0):
+        need = plan.Memory(shapes[0], False, beside=7)
+        memory = (need.configured(False, train, 1, 4) + room + 1) / plan.USABLE
+        monkeypatch.setattr(plan, "device_memory", lambda device: memory)
+        teachers = SimpleNamespace(infos=infos, dtype=torch.float32, resident=None)
+        ranks = SimpleNamespace(rank=0, world=1, device=torch.device(device))
+        beside = distill.keep_teachers(teachers, resident, shapes[0], train, ranks, share=4, frozen=7)
+        return teachers.resident, beside
+
+    assert kept(-1, "cpu") == (0, sum(sizes))       # 0: all
+    assert kept(0, "cuda") == (0, sum(sizes)) and kept(2, "cuda") == (2, sizes[1] + sizes[2])
+    assert kept(-1, "cuda", sum(sizes)) == (3, sum(sizes))
+    assert kept(-1, "cuda", sizes[1] + sizes[2]) == (2, sizes[1] + sizes[2])
+    assert kept(-1, "cuda", 0) == (1, sizes[2])
 
 
 def test_the_student_s_file_says_what_it_is_and_what_it_cost(distilled):

@@ -61,15 +61,18 @@ def test_activation_checkpointing_changes_no_gradient(kind, mode):
         assert torch.equal(a, b)
 
 
+class Graphs(list):
+    """A backend of torch.compile that keeps the graphs it is given, and runs them as they are."""
+
+    def __call__(self, graph, example):
+        self.append(graph)
+        return graph.forward
+
+
 @pytest.mark.parametrize("kind, graphs", [("DiT", 1), ("MMDiT", 2)])
 @pytest.mark.parametrize("mode", ["none", "selective", "block"])
 def test_all_blocks_of_a_kind_share_one_graph_that_is_never_compiled_again(kind, graphs, mode):
-    compiled = []
-
-    def backend(graph, example):
-        compiled.append(graph)
-        return graph.forward
-
+    compiled = backend = Graphs()
     torch._dynamo.reset()
     plain, model = small(kind), small(kind)
     engine.prepare_blocks(model, mode, compile=True, backend=backend)
@@ -85,6 +88,182 @@ def test_all_blocks_of_a_kind_share_one_graph_that_is_never_compiled_again(kind,
     assert len(compiled) == graphs
     assert all(k in dict(plain.named_parameters()) for k, _ in model.named_parameters())
 
+
+@pytest.mark.parametrize("kind, graphs", [("DiT", 1), ("MMDiT", 2)])
+@pytest.mark.parametrize("condition", ["none", "given"])
+def test_autocast_compiles_no_more_graphs(kind, graphs, condition):
+    compiled = Graphs()
+    torch._dynamo.reset()
+    model = small(kind)
+    engine.prepare_blocks(model, compile=True, backend=compiled)
+    x, t, c = inputs(kind)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x, t, torch.zeros_like(c) if condition == "none" else c).square().mean().backward()
+    assert len(compiled) == graphs
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_a_block_in_ddp_is_compiled_whole(alone, mode):
+    compiled = Graphs()
+    torch._dynamo.reset()
+    model = small("DiT")
+    engine.prepare_blocks(model, mode, compile=True, backend=compiled)
+    replica = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)      # many buckets, at whose ends it would be cut
+    gradients(replica, "DiT")
+    assert len(compiled) == 1
+
+
+def test_a_micro_batch_that_leaves_a_rest_is_said_with_its_divisors(capsys):
+    for share, micro in ((12, 0), (12, 4), (12, 12), (12, 50)):
+        engine.warn_of_rest("expert-0", share, micro)
+    assert capsys.readouterr().err == ""
+    engine.warn_of_rest("expert-0", 12, 5)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "5 does not divide the 12 images" in said and "has 2" in said and "4 and 6 divide 12" in said
+    engine.warn_of_rest("router", 7, 2)
+    assert "1 and 7 divide 7" in capsys.readouterr().err
+
+
+def made(tmp_path, **settings):
+    """An engine.State of the small DiT on this process."""
+    from common import make_config
+    from training import stage_config
+    config = make_config({f"train.{key}": value for key, value in settings.items()})
+    ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    return engine.State(str(tmp_path), "x", small("DiT").config, stage_config(config), ranks, config, SimpleNamespace(info={}), 3,
+                        initial=small("DiT").state_dict())
+
+
+def test_a_compiled_training_warns_of_a_rest_and_an_eager_one_does_not(tmp_path, capsys):
+    made(tmp_path, micro_batch=2)
+    assert "does not divide" not in capsys.readouterr().err
+    made(tmp_path, micro_batch=2, compile="yes")
+    assert "train.micro_batch = 2 does not divide the 3 images of a rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_one_writer_writes_each_checkpoint_as_the_state_was(tmp_path, monkeypatch, cached):
+    """cached: as on a GPU, where memory is pinned once and kept; here it cannot be pinned."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    state = made(tmp_path)
+    state.writer.cache_staged_state_dict = cached
+    writer, averages = state.writer, []
+    for n in range(1, 4):
+        gradients(state.model, "DiT")
+        state.update()
+        averages.append({k: e.clone() for k, e in state.ema.items()})
+        state.save("to be continued")
+        with torch.no_grad():
+            next(iter(state.ema.values())).add_(100)        # training goes on while it is written
+        assert state.finish_saving() and state.writer is writer
+        next(iter(state.ema.values())).sub_(100)
+    assert [os.path.basename(path) for path in state.checkpoints()] == ["step-00000002", "step-00000003"]       # train.keep
+    for path, average in zip(state.checkpoints(), averages[1:]):
+        found = {"ema": {k: torch.zeros_like(e) for k, e in average.items()}}
+        torch.distributed.checkpoint.load(found, checkpoint_id=path, no_dist=True)
+        assert all(torch.equal(found["ema"][k], e) for k, e in average.items())
+
+
+# ---- samples while training -----------------------------------------------------------------------------------------
+
+class Stub:
+    """Stands for a Space of pixels, and for data: each sample is of class 3."""
+    channels, size, info = 3, 8, {"autoencoder": {"name": ""}}
+
+    def __getitem__(self, i):
+        return {"c": torch.tensor(3), "u": 0.0, "drop": 0.0, "k": 0, "bad": [], "x": torch.zeros(3, 8, 8)}
+
+    def pictures(self, x):
+        return torch.zeros(len(x), self.size, self.size, 3, dtype=torch.uint8)
+
+
+LACKING = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"),
+           RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+
+
+def sampled(state):
+    import training
+    from common import make_config
+    training.save_samples(state, make_config({}), Stub(), Stub(), solver_steps=2)
+
+
+def raising(error):
+    def function(*args, **kwargs):
+        raise error
+    return function
+
+
+@pytest.mark.parametrize("error", LACKING, ids=range(4))
+@pytest.mark.parametrize("where", ["decoding", "the model", "the conditions"])
+def test_memory_that_samples_lack_is_a_warning_and_changes_no_weight(tmp_path, monkeypatch, capsys, where, error):
+    state = made(tmp_path)
+    gradients(state.model, "DiT")
+    state.update()
+    before = {k: p.detach().clone() for k, p in state.model.named_parameters()}, {k: e.clone() for k, e in state.ema.items()}
+    if where == "the model":
+        monkeypatch.setattr("flow.predict_velocity", raising(error))
+    else:
+        monkeypatch.setattr(Stub, "pictures" if where == "decoding" else "__getitem__", raising(error))
+    sampled(state)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("warning: the samples could not be made (") and "training goes on" in said
+    assert not os.path.exists(tmp_path / "samples")
+    assert all(torch.equal(p, before[0][k]) for k, p in state.model.named_parameters())
+    assert all(torch.equal(e, before[1][k]) for k, e in state.ema.items())
+    monkeypatch.undo()
+    sampled(state)
+    assert os.listdir(tmp_path / "samples") == ["x-00000001.png"]
+
+
+def test_another_error_of_samples_ends_training_with_the_weights_in_place(tmp_path, monkeypatch):
+    state = made(tmp_path)
+    gradients(state.model, "DiT")
+    state.update()
+    before = {k: p.detach().clone() for k, p in state.model.named_parameters()}
+    monkeypatch.setattr("flow.predict_velocity", raising(RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        sampled(state)
+    assert all(torch.equal(p, before[k]) for k, p in state.model.named_parameters())
+
+
+def test_sharded_ranks_agree_before_the_model_and_fail_within_it(tmp_path, monkeypatch):
+    """As if this rank were of a sharded training: another one's lack of memory is this one's, too; within the model nobody may leave alone."""
+    import training
+    state = made(tmp_path)
+    state.sharded = True
+    monkeypatch.setattr(training, "gather", lambda reasons: [reasons, ["out of memory"]])
+    monkeypatch.setattr("flow.predict_velocity", raising(AssertionError("the model is not called")))
+    sampled(state)
+    monkeypatch.setattr(training, "gather", lambda reasons: [reasons, []])
+    monkeypatch.setattr("flow.predict_velocity", raising(LACKING[0]))
+    with pytest.raises(torch.OutOfMemoryError):
+        sampled(state)
+
+
+def test_samples_are_drawn_no_more_at_once_than_a_micro_batch(tmp_path, monkeypatch):
+    import flow
+    import training
+    from common import make_config
+    state, sizes, plain = made(tmp_path, micro_batch=3), [], flow.predict_velocity
+    monkeypatch.setattr(flow, "predict_velocity", lambda model, x, *rest: sizes.append(len(x)) or plain(model, x, *rest))
+    x, c = torch.randn(16, 3, 8, 8), torch.arange(16) % 10
+    some = training.draw_samples(state, make_config({}), Stub(), x, c, 2)
+    assert set(sizes) == {3, 1} and some.shape == x.shape
+    state.train.micro_batch, state.batch = 0, 16
+    torch.testing.assert_close(training.draw_samples(state, make_config({}), Stub(), x, c, 2), some, rtol=1e-4, atol=1e-5)
+    assert max(sizes) == 16
+
+
+# ---- the average ----------------------------------------------------------------------------------------------------
 
 def test_the_average_is_the_formula_s_and_swapping_it_twice_changes_nothing(tmp_path):
     from common import make_config
@@ -267,9 +446,73 @@ def test_memory_by_hand_replicated_and_sharded():
     assert sum(sharded.values()) - sharded["copies"] == 20 * P / 8 and need.fixed(True, 8, True)["gradients"] == 4 * P
     room = need.total(False, 1, 4, True, "none") / plan.USABLE
     assert need.micro_batch(False, 1, 12, "none", room) == 4 and need.micro_batch(False, 1, 12, "none", 10 * P) == 0
+    # two replicas: the first micro-batch of all has gradients beside DDP's buckets
+    assert need.fixed(False, 2, True)["gradients"] == 8 * P and need.fixed(False, 1, True)["gradients"] == 4 * P
+    room = need.total(False, 2, 4, True, "none") / plan.USABLE
     tight = SimpleNamespace(micro_batch=4, activation_checkpointing="none", parallel="auto")
     assert not need.shards(tight, 2, 12, room) and need.shards(tight, 2, 12, 0.9 * room)
     assert plan.Memory(need_config, False, beside=room).shards(tight, 2, 12, room)      # no room beside teachers
+
+
+def test_frozen_networks_are_planned_for_and_work_before_the_model_does():
+    from common import make_config
+    sdxl = "openai/clip-vit-large-patch14 + laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+    config = make_config({"autoencoder.name": "stabilityai/sd-vae-ft-mse", "text.name": sdxl})
+    weights, work, unknown = plan.frozen(config, bf16=True)
+    assert weights == 4 * 83_653_863 + 2 * (123_060_480 + 693_021_440) and 1e9 < work < 4e9 and not unknown
+    config.text.precision = "fp32"
+    assert plan.frozen(config, bf16=True)[0] == 4 * (83_653_863 + 123_060_480 + 693_021_440)
+    config.data.condition, config.autoencoder.name = "class", ""
+    assert plan.frozen(config, bf16=True) == (0, 0, "")
+    shape = small("DiT").config
+    plain, beside = plan.Memory(shape, False), plan.Memory(shape, False, beside=1000, work=10 ** 9)
+    assert beside.total(False, 1, 1, False, "none") == 1000 + 20 * plain.parameters + 10 ** 9
+    many = -(-10 ** 9 // plain.image["none"])       # so many images take more than it
+    assert beside.total(False, 1, many, False, "none") == 1000 + plain.total(False, 1, many, False, "none")
+
+
+def test_frozen_networks_of_a_folder_are_counted_by_their_configs(networks):
+    import diffusers
+    import transformers
+    from common import make_config
+    config = make_config({"autoencoder.name": str(networks / "vae"), "text.name": f"{networks / 'clip'} + {networks / 't5'} + {networks / 'bart'}"})
+    classes = {"clip": transformers.CLIPTextModel, "t5": transformers.T5EncoderModel, "bart": transformers.BartModel}
+    loaded = {name: kind.from_pretrained(networks / name) for name, kind in classes.items()}
+    loaded["bart"] = loaded["bart"].get_encoder()
+    vae = plan.parameters(diffusers.AutoencoderKL.from_pretrained(networks / "vae"))
+    assert plan.frozen(config, bf16=True)[0] == 4 * vae + 2 * sum(map(plan.parameters, loaded.values()))
+    config.text.name = str(networks / "clip-image")         # a CLIP of both halves: its text half
+    assert plan.frozen(config, bf16=True)[0] == 4 * vae + 2 * plan.parameters(transformers.CLIPTextModel.from_pretrained(networks / "clip-image"))
+    config.text.name = "nobody/knows-this"
+    weights, _, unknown = plan.frozen(config, bf16=True)
+    assert weights == 0 and "nobody/knows-this" in unknown
+
+
+def test_as_many_teachers_as_fit_beside_the_training():
+    need = plan.Memory(small("DiT").config, False)
+    train = SimpleNamespace(micro_batch=0, activation_checkpointing="none", parallel="auto")
+    sizes, alone = [100_000] * 8, need.configured(False, train, 2, 4)
+    memory = lambda room: (room + 1) / plan.USABLE
+    for fits in (1, 3, 8):
+        assert need.teachers(train, 2, 4, sizes, memory(alone + fits * 100_000)) == fits
+    assert need.teachers(train, 2, 4, sizes, 10 ** 12) == 8
+    sharded = need.configured(True, train, 2, 4)
+    assert sharded < alone and need.teachers(train, 2, 4, sizes, memory(sharded + 200_000)) == 2      # no replica would leave room for one
+    assert need.teachers(train, 2, 4, sizes, memory(0)) == 1
+    assert plan.how_many([30, 10, 20], 50) == 2 and plan.how_many([30, 10, 20], 60) == 3 and plan.how_many([30], 0) == 1
+
+
+def test_ranks_share_their_own_machine_s_cores_and_memory(monkeypatch):
+    import common
+    cpu = torch.device("cpu")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert common.local_world() == 1
+    whole = plan.device_memory(cpu)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert common.local_world() == 16       # a launcher that does not say it
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert common.local_world() == 8 and plan.device_memory(cpu) == whole // 8
 
 
 def test_the_plan_of_the_3b_config_says_memory_time_and_what_the_paper_s_step_implies():
@@ -280,6 +523,9 @@ def test_the_plan_of_the_3b_config_says_memory_time_and_what_the_paper_s_step_im
     assert f"{image / 1e12:.4g} TFLOPs" in done.stdout
     assert f"an MFU of {256 * image / (16 * 989e12 * 0.28):.1%}" in done.stdout and "3.2 days" in done.stdout
     assert "FSDP2" in done.stdout and "DDP" in done.stdout
+    # the autoencoder in fp32, T5's encoder in bf16; weights, moments and average, once a GPU
+    assert f"{(4 * 83_653_863 + 2 * 1_223_527_424) / 1e9:.3g} GB for frozen networks" in done.stdout
+    assert f"copied to {16 * models.parameters(shape) / 1e9:.3g} GB of pinned memory" in done.stdout
 
 
 def test_plans_of_a_run_train_nothing(clustered, tmp_path):

@@ -207,6 +207,38 @@ def test_the_loss_is_eq_6_of_the_mixed_velocity_on_the_same_noise(evaluated, tar
         torch.testing.assert_close(answers[row], p, rtol=1e-4, atol=1e-5)
 
 
+def test_the_loss_is_measured_in_fp32_and_named_by_what_ran(evaluated, tars, tmp_path, monkeypatch):
+    run, first, _ = evaluated
+    run, seen, plain = copy(run, tmp_path), [], evaluate.validate
+
+    def validate(team, *rest):
+        seen.append((team.dtype, next(team.expert(min(team.paths)).parameters()).dtype, torch.get_float32_matmul_precision()))
+        return plain(team, *rest)
+
+    monkeypatch.setattr(evaluate, "validate", validate)
+    torch.set_float32_matmul_precision("high")      # as on a GPU
+    try:
+        result = measured(run, tars, "--precision", "bf16", "--models", "ensemble", "monolith")
+        assert set(seen) == {(torch.float32, torch.float32, "highest")} and torch.get_float32_matmul_precision() == "high"
+        half = measured(run, tars, "--loss-precision", "bf16", "--samples", 0, "--models", "ensemble")
+        assert seen[-1][:2] == (torch.bfloat16, torch.bfloat16)
+        measured(run, tars, "--loss-precision", "tf32", "--samples", 0, "--models", "ensemble")
+        assert seen[-1] == (torch.float32, torch.float32, "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert result["loss"]["precision"] == "fp32" and {row["settings"]["precision"] for row in result["rows"]} == {"bf16"}
+    for name, loss in result["loss"]["models"].items():     # of the samples' precision it knows nothing
+        assert loss["mean"] == pytest.approx(first["loss"]["models"][name]["mean"], rel=1e-5)
+    assert half["loss"]["precision"] == "bf16" and half["loss"]["models"]["ensemble, full"]["mean"] != result["loss"]["models"]["ensemble, full"]["mean"]
+
+
+def test_no_table_says_auto(evaluated):
+    run, result, done = evaluated
+    text = (run / "evaluation" / "models.md").read_text()
+    assert "auto" not in text and "precision fp32" in text and "samples were drawn with weights in fp32" in text
+    assert result["loss"]["precision"] == "fp32" and all(row["settings"]["precision"] == "fp32" for row in result["rows"])
+
+
 def test_experts_that_are_the_monolith_differ_from_it_by_nothing(evaluated, tars, tmp_path):
     run = copy(evaluated[0], tmp_path)
     for k in range(3):
@@ -352,6 +384,8 @@ def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, con
     (["--samples", 0, "--npz"], ["--npz does nothing with --samples 0"]),
     (["--samples", 0, "--cfg", 2], ["--cfg does nothing with --samples 0"]),
     (["--loss-images", 0, "--loss", "full"], ["--loss does nothing with --loss-images 0"]),
+    (["--loss-images", 0, "--loss-precision", "bf16"], ["--loss-precision does nothing with --loss-images 0"]),
+    (["--loss-precision", "auto"], ["--loss-precision", "'auto'"]),
     (["--models", "monolith", "--route-every", 2], ["--route-every does nothing with --monolith"]),
     (["--cfg-low", 5], ["cfg_low 5.0"]),
     (["--seed", 2 ** 64], ["--seed"]),

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import flow
 
@@ -304,6 +305,27 @@ def test_identical_experts_make_one_and_a_single_expert_is_itself():
     one = lambda k, x, t: x.sin()
     torch.testing.assert_close(flow.ensemble(points(7, 4).softmax(1), one, x, t), x.sin())
     assert torch.equal(flow.ensemble(torch.ones(7, 1, dtype=torch.float64), one, x, t), x.sin())
+
+
+class Transfers(TorchFunctionMode):
+    """Counts the calls in which tensors would leave a device, or come to it and be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        self.count += name in ("cpu", "item") or name == "to" and not kwargs.get("non_blocking")
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("K", [2, 16])
+def test_grouping_by_expert_waits_for_the_device_once(K):
+    x, t, p = torch.randn(32, 3), torch.rand(32), torch.rand(32, K).softmax(1)
+    with Transfers() as transfers:
+        flow.ensemble(p, lambda k, x, t: x, x, t)
+    assert transfers.count == 1
 
 
 def test_guidance_of_one_is_conditional_and_of_zero_unconditional():

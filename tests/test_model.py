@@ -237,6 +237,40 @@ def test_equal_models_give_equal_files(tmp_path):
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("kind, extra, c", [(DiT, CLASS, torch.tensor([1, 2])), (DiT, TEXT, torch.ones(2, 5, dtype=torch.int64)),
+                                            (Router, CLASS | {"clusters": 4}, torch.tensor([1, 2])), (MMDiT, DOUBLE | TOKENS, torch.ones(2, 5, 6))])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_no_block_gets_tokens_that_are_transposed_in_memory(kind, extra, c, bf16):
+    model, seen = shaken(small(kind, **extra)), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, args: seen.append(all(a.is_contiguous() for a in args[:2])))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(torch.randn(2, 3, 8, 8), torch.rand(2), c)
+    assert seen == [True] * 2
+
+
+def test_a_router_s_head_is_fp32_whatever_the_rest_is(tmp_path):
+    model = shaken(small(Router, **CLASS | {"clusters": 64}))
+    x, t, c = torch.randn(128, 3, 8, 8), torch.rand(128), torch.randint(0, 10, (128,))
+
+    def exact(router):
+        """p by a head in float64 on the same features."""
+        features = router.trunk(x.to(router.cls_token.dtype), t, c, router.cls_token)[:, 0].double()
+        return (features @ model.head.weight.double().T + model.head.bias.double()).softmax(1).float()
+
+    models.save(tmp_path / "router.safetensors", model.config, model.state_dict())
+    half = models.load(tmp_path / "router.safetensors", dtype=torch.bfloat16)[0]
+    assert {p.dtype for name, p in half.named_parameters()} == {torch.bfloat16, torch.float32} and half.head.weight.dtype == torch.float32
+    with torch.no_grad():
+        for router, autocast in ((model, True), (half, False)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits, wanted = router(x.to(router.cls_token.dtype), t, c), exact(router)
+            assert logits.dtype == torch.float32
+            torch.testing.assert_close(logits.softmax(1), wanted, rtol=1e-4, atol=1e-6)
+            values = logits.sort(dim=1).values
+            assert (values[:, 1:] > values[:, :-1]).all()       # no two clusters tie; in bf16 hundreds of these 128 * 64 would
+
+
 def test_bf16_export_is_half_as_large_and_loads_as_fp32(tmp_path):
     model = shaken(small())
     models.save(tmp_path / "32", model.config, model.state_dict())
