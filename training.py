@@ -287,7 +287,7 @@ class _Stopping:
             left = self.PATIENCE - (time.monotonic() - self.since)
             if left <= 0:
                 raise self.Interrupted
-            signal.setitimer(signal.ITIMER_REAL, left)
+            signal.setitimer(signal.ITIMER_REAL, left + 0.01)       # the timer goes by another clock, and one of 0 s never rings
 
     @contextlib.contextmanager
     def wait(self):
