@@ -9,6 +9,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import time
 from unittest import mock
 
 import numpy as np
@@ -93,6 +94,19 @@ def inside(script, *args):
         except SystemExit as end:
             code = end.code
     return subprocess.CompletedProcess([script, *args], code, stdout.getvalue(), stderr.getvalue())
+
+
+def wait_until(condition):
+    """Looks again and again; fails after five minutes, lest the suite hangs."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "waits for what does not come"
+        time.sleep(0.005)
+
+
+def works(*args):
+    """Whether there is such a program, and it does not fail."""
+    return bool(shutil.which(args[0])) and subprocess.run(args, capture_output=True).returncode == 0
 
 
 def copy(run, tmp_path):

@@ -7,13 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command, command_line, copy, inside
+from conftest import ENVIRONMENT, ROOT, command, command_line, copy, inside, wait_until
 from safetensors.torch import load_file
 
 import engine
@@ -63,22 +62,26 @@ def test_a_rank_torchrun_and_all_killed_one_after_the_other_leave_no_trace_in_we
     assert "3 kills (1 x agent, 1 x all, 1 x rank)" in done.stdout      # when they came is another machine's affair
 
 
+def lives(pid):
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as f:
+        return f.read().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 def test_a_hung_rank_ends_the_run_which_is_to_be_continued(clustered, tmp_path):
     run = copy(clustered, tmp_path)
     args = ["train_expert.py", "--run", run, *FLAGS, "--train.steps", 100_000, "--train.timeout", 15]
-    environment = ENVIRONMENT | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}        # torchrun waits for the hung one in vain
-    with subprocess.Popen(command_line(*args, ranks=2), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while process.poll() is None and not (os.path.exists(run / "logs" / "expert-0.csv") and len(rows(run)) > 3 and checkpoints(run)):
-            time.sleep(0.02)
+    with subprocess.Popen(command_line(*args, ranks=2), cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        wait_until(lambda: process.poll() is not None or os.path.exists(run / "logs" / "expert-0.csv") and len(rows(run)) > 3 and checkpoints(run))
         with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
-            hung = int(f.read().split()[-1])
+            other, hung = map(int, f.read().split())
         os.kill(hung, signal.SIGSTOP)
         try:
+            wait_until(lambda: not lives(other))
+            os.kill(hung, signal.SIGKILL)       # as torchrun would, half a minute later
             out = process.communicate(timeout=300)[0]
         finally:
             process.kill()
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(hung, signal.SIGKILL)
     assert process.returncode > 0, out
     assert "Timeout" in out and "most recent call first" in out      # where the other one was waiting
     assert status(run).startswith("to be continued ")

@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import tarfile
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command, command_line, copy, give, inside, pictures, sample
+from conftest import ENVIRONMENT, ROOT, command, command_line, copy, give, inside, pictures, sample, wait_until, works
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -31,8 +30,8 @@ def begin(*args, ranks=0):
 def wait_for_rows(process, run, name, count):
     """Until a training, which is far from its end, has logged that many rows and has a checkpoint."""
     log = run / "logs" / f"{name}.csv"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > count and glob.glob(str(run / "checkpoints" / name / "step-*[0-9]"))):
-        time.sleep(0.005)
+    wait_until(lambda: process.poll() is not None or log.exists() and log.read_text().count("\n") > count
+               and glob.glob(str(run / "checkpoints" / name / "step-*[0-9]")))
 
 
 def rows(run, name):
@@ -325,7 +324,7 @@ def test_an_expert_needs_its_own_folder_alone_and_no_network(clustered, trained,
     for other in ("0", "1", "router"):
         shutil.rmtree(run / "shards" / other)
     shutil.rmtree(run / "features")
-    unshare = ["unshare", "-rn"] if shutil.which("unshare") and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0 else []
+    unshare = ["unshare", "-rn"] if works("unshare", "-rn", "true") else []
     done = subprocess.run([*unshare, *command_line("train_expert.py", "--run", run, "--shard", 2)], cwd=ROOT, capture_output=True, text=True,
                           env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
