@@ -54,12 +54,14 @@ heads = 2
 batch = {3 * BATCH}
 lr = 1e-3
 """
-# train_expert.py, but for a file ATTEMPT/RANK: a line for each step that has been taken, before it can be in a checkpoint, with its positions
+# train_expert.py, but for a file ATTEMPT/RANK: a line for each step that has been taken, before it can be in a checkpoint, with its positions. And it goes
+# no further than the step HOLD, so that a kill always finds it, however slow the one who kills
 DRIVER = f"""
-import os, sys
+import os, sys, time
 sys.path.insert(0, {ROOT!r})
 import torch, common, data, train_expert, training
 note = os.open(os.path.join(sys.argv.pop(1), os.environ["RANK"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+hold = int(sys.argv.pop(1))
 item, collate, batches, update = data.TarDataset.__getitem__, training.collate, training._Step.batches, training._Step.update
 data.TarDataset.__getitem__ = lambda self, position: item(self, position) | {{"position": position}}
 training.collate = lambda items: collate(items) | {{"position": torch.tensor([i["position"] for i in items])}}
@@ -71,6 +73,8 @@ def noting(self):
 def updating(self):
     update(self)
     os.write(note, f"{{self.state.step}}: {{' '.join(map(str, self.positions))}}\\n".encode())
+    while self.state.step >= hold:
+        time.sleep(1)
 training._Step.batches, training._Step.update = noting, updating
 common.script(train_expert.main)
 """
@@ -154,15 +158,16 @@ def last_step(attempt):
     return 0
 
 
-def disturb(run, agent, whom, wait, step, aimed, rng, attempt, patience):
+def disturb(run, agent, whom, wait, step, aimed, rng, attempt, patience, hold):
     """Waits `wait` seconds or, once the attempt has come to a step, that long; kills; watches what the others do for at most `patience` seconds, and kills
-    what is left over. -> a dict of what happened; None: it had ended before."""
+    what is left over. hold: where the attempt waits for its kill. -> a dict of what happened; None: it had ended before."""
     before = {what: torn(run, what) for what in TORN}
     new = lambda what: torn(run, what) - before[what]
-    while step and agent.poll() is None and last_step(attempt) < step:
+    while step and agent.poll() is None and last_step(attempt) < min(step, hold):
         time.sleep(0.005)
     time.sleep(wait)
-    while agent.poll() is None and (aimed and not new(aimed) or whom == "rank" and agent.pid not in processes(run).values()):
+    aims = lambda: aimed and last_step(attempt) < hold and not new(aimed)
+    while agent.poll() is None and (aims() or whom == "rank" and agent.pid not in processes(run).values()):
         time.sleep(0 if aimed == "export" else 0.0005)
     if aimed == "save":
         time.sleep(rng.uniform(0, 0.03))        # anywhere in it
@@ -181,9 +186,9 @@ def disturb(run, agent, whom, wait, step, aimed, rng, attempt, patience):
     found = {"whom": whom, "step": at, "start-up": not at}
     if whom == "rank":
         with contextlib.suppress(subprocess.TimeoutExpired):
-            agent.wait(60)
+            agent.wait(patience)
     found["agent_s"], found["code"] = time.monotonic() - since, agent.poll()     # None: it still runs
-    while time.monotonic() < since + patience and any(p in processes(run) for p in ranks):
+    while at and time.monotonic() < since + patience and any(p in processes(run) for p in ranks):     # while starting they wait for torchrun's store, for long
         time.sleep(0.005)
     left = processes(run)
     found["ranks_s"], found["ranks left"] = time.monotonic() - since, sum(p in left for p in ranks)
@@ -283,13 +288,14 @@ def chaos(folder, kills, saves, exports, steps, save_every, log_every, seed, pat
         attempts.append(os.path.join(folder, "attempts", f"{number:03}"))
         os.makedirs(attempts[-1])
         out, at = f"{attempts[-1]}.txt", newest(broken)
-        agent = begin([driver, attempts[-1]], broken, out, args)
+        hold = steps - 1 if number < kills else steps + 1
+        agent = begin([driver, attempts[-1], str(hold)], broken, out, args)
         if number < kills:
             # drawn uniformly over the time from its start to some steps later: in seconds at first, then in steps, whose time varies on a shared machine
             span, step_s = 1.5 * (steps - at) / (kills - number + 1), training / steps
             moment = rng.uniform(startup if aimed[number] else 0, startup + span * step_s)
             when = (moment, 0) if moment < startup else (rng.uniform(0, step_s), at + 1 + int((moment - startup) / step_s))
-            found = disturb(broken, agent, whom[number], *when, aimed[number], rng, attempts[-1], patience)
+            found = disturb(broken, agent, whom[number], *when, aimed[number], rng, attempts[-1], patience, hold)
         else:
             found = None
             agent.wait()
@@ -335,7 +341,7 @@ def main():
     parser.add_argument("--save_every", type=int, default=7)
     parser.add_argument("--log_every", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--patience", type=float, default=10, help="seconds in which ranks must have ended by themselves once another or the agent was killed")
+    parser.add_argument("--patience", type=float, default=120, help="seconds in which ranks must have ended by themselves once another or the agent was killed")
     parser.add_argument("--run", metavar="DIR", help="an empty folder to work in, which is kept (default: a temporary one)")
     args = parser.parse_args()
     saves = -(-args.kills // 3) if args.saves is None else args.saves

@@ -8,13 +8,18 @@ import shutil
 import string
 import subprocess
 import sys
+import tempfile
+import time
 from unittest import mock
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
+HUB = tempfile.TemporaryDirectory()
 os.environ["HF_HUB_OFFLINE"] = "1"      # no test asks the network
+os.environ["HF_HUB_CACHE"] = HUB.name   # nor what the user has of it
 os.environ["OMP_NUM_THREADS"] = "1"     # processes of several threads would wait for each other
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -65,9 +70,15 @@ def command_line(*args, ranks=0):
     return [*launcher, *map(str, args)]
 
 
-def command(*args, ranks=0, check=True):
-    """Runs one of the scripts as a user would, on the CPU; -> CompletedProcess with text output."""
-    done = subprocess.run(command_line(*args, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def command(*args, ranks=0, check=True, real=False):
+    """Runs one of the scripts as a user would, on the CPU; -> CompletedProcess with text output.
+
+    real: by python or torchrun itself, where their own words and exit codes count; else by processes.py, which is quicker.
+    """
+    if real:
+        done = subprocess.run(command_line(*args, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    else:
+        done = processes.run([*map(str, args)], cwd=ROOT, environment=ENVIRONMENT, ranks=ranks)
     assert not check or done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -83,6 +94,19 @@ def inside(script, *args):
         except SystemExit as end:
             code = end.code
     return subprocess.CompletedProcess([script, *args], code, stdout.getvalue(), stderr.getvalue())
+
+
+def wait_until(condition):
+    """Looks again and again; fails after five minutes, lest the suite hangs."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "waits for what does not come"
+        time.sleep(0.005)
+
+
+def works(*args):
+    """Whether there is such a program, and it does not fail."""
+    return bool(shutil.which(args[0])) and subprocess.run(args, capture_output=True).returncode == 0
 
 
 def copy(run, tmp_path):

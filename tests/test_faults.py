@@ -544,9 +544,16 @@ def fails():
 
 
 def test_stage_1_skips_what_cannot_be_read_and_tries_again_what_fails_once(two, monkeypatch):
-    settings, real, failures = SimpleNamespace(condition="class", classes=20), os.pread, itertools.count()
+    settings, real, failed = SimpleNamespace(condition="class", classes=20), os.pread, set()
     whole = [c for _, _, c, _ in usable(two[0], lambda image: image, 8, settings, [])]
-    monkeypatch.setattr(os, "pread", lambda *args: real(*args) if next(failures) % 2 else fails())
+
+    def fails_once(file, size, offset):       # each place, whichever thread comes there first, and however many
+        if (size, offset) in failed:
+            return real(file, size, offset)
+        failed.add((size, offset))
+        return fails()
+
+    monkeypatch.setattr(os, "pread", fails_once)
     bad = []
     assert [c for _, _, c, _ in usable(two[0], lambda image: image, 8, settings, bad)] == whole and not bad
     monkeypatch.setattr(os, "pread", lambda *args: fails())

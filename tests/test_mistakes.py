@@ -93,7 +93,7 @@ def test_more_experts_than_fine_clusters(tars, config, tmp_path):
     refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--experts", 7, "--train.batch", 28,
             says=["7 experts", "there are 6", "cluster.fine = 6", "240"])
     done = command("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--experts", 7, "--train.batch", 28,
-                   ranks=2, check=False)
+                   ranks=2, check=False, real=True)
     assert [line for line in done.stderr.splitlines() if line.startswith("error: 7 experts")] and "peer" not in done.stderr
     # the calls that failed left nothing that stands in the way of the next one
     command("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--experts", 2)
@@ -154,7 +154,7 @@ def test_an_image_size_that_the_patch_does_not_divide(tars, config, clustered, t
 def test_a_batch_that_does_not_divide(clustered, tmp_path):
     refused("train_expert.py", "--run", clustered, "--shard", 0, "--train.batch", 25, says=["train.batch = 25", "3 experts"])
     run = shutil.copytree(clustered, tmp_path / "run")
-    done = command("train_router.py", "--run", run, "--train.batch", 25, ranks=2, check=False)
+    done = command("train_router.py", "--run", run, "--train.batch", 25, ranks=2, check=False, real=True)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(lines) == 1 and "25 cannot be shared by 2 ranks" in lines[0]      # torchrun makes 1 of any code
 

@@ -4,17 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-import stat
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT, command, copy, inside
+from conftest import command, copy, inside
 from safetensors.numpy import load_file
 
 import cluster
-import model as models
 from common import UserError
 from data import TarDataset, scan_tar
 
@@ -181,35 +177,3 @@ def test_an_expert_can_be_replaced_by_another_of_the_same_clustering(trained, tm
     command("train_expert.py", "--run", run, "--shard", 1, "--train.seed", 7)
     done = inside("sample.py", "--run", run, "--device", "cpu", "--prompt", "a red circle", "--require-all", "--out", tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
-
-
-def test_launch_trains_on_a_host_fetches_the_weights_and_can_be_run_again(trained, tmp_path):
-    """The host is this machine, behind a stand-in for ssh that drops the host's name."""
-    (tmp_path / "ssh").write_text('#!/bin/sh\nshift\nexec sh -c "$*"\n')
-    (tmp_path / "ssh").chmod(0o755)
-    here, host = tmp_path / "here", tmp_path / "host"
-    here.mkdir()
-    for name in [name for name in os.listdir(ROOT) if name.endswith((".py", ".txt", ".sh")) or name == "Makefile"]:
-        shutil.copy(os.path.join(ROOT, name), here)
-    run = here / "runs" / "mine"
-    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints", "experts", "logs"))
-    (host / ".venv" / "bin").mkdir(parents=True)
-    (host / ".venv" / "installed").touch()
-    (host / ".venv" / "bin" / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
-    (host / ".venv" / "bin" / "torchrun").chmod(0o755)
-    (tmp_path / "hosts.txt").write_text(f"# a comment\nhost 1 {host}")       # and no newline at the end
-    environment = ENVIRONMENT | {"SSH": str(tmp_path / "ssh"), "EVERY": "1"}
-    launch = lambda *flags: subprocess.run([str(here / "launch.sh"), "runs/mine", str(tmp_path / "hosts.txt"), *flags], env=environment, capture_output=True, text=True, timeout=120)
-    for flags, steps in (((), 6), (("--train.steps", "9"), 9)):
-        done = launch(*flags)
-        assert done.returncode == 0 and "1 of 1 trainings are finished" in done.stdout, done.stdout + done.stderr
-        assert models.read_info(run / "experts" / "1.safetensors")["step"] == steps and (run / "logs" / "expert-1.csv").exists()
-    assert (run / "experts" / "1.safetensors").read_bytes() == (host / "runs" / "mine" / "experts" / "1.safetensors").read_bytes()
-    done = launch("--train.stepz", "9")
-    assert done.returncode == 1 and "unknown argument --train.stepz" in done.stdout + done.stderr
-
-
-def test_the_launchers_are_valid_shell_and_can_be_executed():
-    for name in ("launch.sh", "slurm/ddm.sbatch", "demo.sh"):
-        assert subprocess.run(["bash", "-n", os.path.join(ROOT, name)]).returncode == 0
-    assert os.stat(os.path.join(ROOT, "launch.sh")).st_mode & stat.S_IXUSR

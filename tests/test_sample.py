@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import command, copy, give, inside, pictures, rewrite, sample
+from conftest import command, copy, give, inside, pictures, rewrite, sample, works
 from PIL import Image
 
 import data
@@ -321,7 +321,7 @@ def test_bf16_weights_give_nearly_the_pictures_of_fp32(mixed):
     assert 0 < error < 0.05
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not works("g++", "--version"), reason="torch.compile needs a C++ compiler; bench/sample.py and bench/train_step.py compile, too")
 def test_compiled_models_give_the_same_pictures(mixed):
     torch._dynamo.utils.counters.clear()
     plain, _ = draw(Ensemble(mixed, CPU), 2, strategy="once")
