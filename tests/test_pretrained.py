@@ -61,6 +61,52 @@ def test_dinov2_features_are_pooled_as_the_config_says_and_of_length_one(network
         torch.testing.assert_close(torch.from_numpy(half([prepare(image) for image in images])), found, rtol=0.1, atol=0.02)
 
 
+@pytest.fixture
+def as_on_a_gpu():
+    """fp32 products in TF32, as common.start has them there."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_fp32_features_are_computed_without_tf32(networks, images, monkeypatch, as_on_a_gpu):
+    seen, plain = [], nets.load
+
+    def load(*args):
+        network = plain(*args)
+        network.register_forward_pre_hook(lambda *_: seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)))
+        return network
+
+    monkeypatch.setattr(nets, "load", load)
+    prepare, features, info = nets.image_features(settings(features__name=str(networks / "dinov2")).features, CPU)
+    features([prepare(image) for image in images])
+    assert info["preprocessing"].endswith(" float32") and seen == [("highest", False)]
+    prepare, score, info = nets.clip_scorer(str(networks / "clip-image"), CPU)
+    score([prepare(image) for image in images], ["a"] * 5)
+    assert info["precision"] == "fp32" and seen[1:] == [("highest", False)]
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)        # as they were
+    with pytest.raises(ZeroDivisionError), nets.exact_products():
+        1 / 0
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.parametrize("asked, device, ran", [("auto", "cpu", "fp32"), ("fp32", "cpu", "fp32"), ("bf16", "cpu", "bf16"), ("tf32", "cpu", "fp32"),
+                                                ("auto", "cuda", "bf16"), ("fp32", "cuda", "tf32"), ("bf16", "cuda", "bf16"), ("tf32", "cuda", "tf32")])
+def test_a_precision_is_named_by_what_runs(asked, device, ran):
+    assert nets.resolve(asked, torch.device(device)) == ran
+
+
+def test_records_of_networks_say_the_precision_that_ran(latent_run):
+    about = json.loads((latent_run / "latents" / "0" / "about.json").read_text())
+    expert = models.read_info(latent_run / "experts" / "0.safetensors")
+    assert [made[role]["precision"] for made in (about, expert) for role in ("autoencoder", "text")] == ["fp32"] * 4
+    meant = common.read_clusters(latent_run)["networks"]
+    assert "precision" not in meant["autoencoder"] and "precision" not in meant["text"]      # each stage has its own
+    config = common.load_run(latent_run, {})
+    on_a_gpu = pretrained.Space(config, torch.device("cuda"), meant)       # which loads nothing yet
+    assert [on_a_gpu.info[role]["precision"] for role in ("autoencoder", "text")] == ["tf32", "bf16"]
+
+
 def test_the_patches_mean_leaves_registers_out(images, tmp_path):
     torch.manual_seed(0)
     network = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(

@@ -340,6 +340,7 @@ def test_samples_carry_how_they_were_made(trained, tmp_path):
         text = Image.open(tmp_path / "out" / f"{i:04d}.png").text
         assert (text["prompt"], text["seed"], text["strategy"], text["guidance"], text["steps"], text["solver"]) == \
             (prompt, str(seed), "top-2", "2.0", "4", "heun")
+        assert text["precision"] == "fp32"      # of the weights, resolved
     sample(trained, tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").text["prompt"] == "a red circle | a blue cross"
     # the image's own seed gives it again, alone
