@@ -270,9 +270,13 @@ class _Tried(Exception):
 
 
 def try_file(path):
-    """Tries to write beside `path`, as atomic does; what is there stays. Called before work whose result it will hold: OSError, UserError."""
+    """Tries to write beside `path`, as atomic does; what is there stays. Called before the work whose result it will hold.
+
+    OSError, UserError.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is {'a folder' if os.path.isdir(path) else 'no ordinary file'}: give another name")
+        kind = "a folder" if os.path.isdir(path) else "no ordinary file"
+        raise UserError(f"{path} is {kind}: give another name")
     with contextlib.suppress(_Tried), atomic(path) as temporary:
         open(temporary, "wb").close()
         raise _Tried
@@ -628,7 +632,7 @@ def collect(value):
 
 
 def on_rank_0(function):
-    """Calls function() on rank 0 alone; what the user or the file system got wrong there is a UserError on all ranks: none waits for another."""
+    """Calls function() on rank 0 alone; a UserError or OSError there is a UserError on all ranks, so that none waits for another."""
     error = None
     if os.environ.get("RANK", "0") == "0":
         try:

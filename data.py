@@ -493,28 +493,30 @@ COLOURS = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#edc948", "#7
 
 @functools.lru_cache
 def label_font(size):
-    """The font of labels: DejaVu Sans, which matplotlib carries, has Latin, Greek, Cyrillic and more; without it Pillow's own."""
+    """The font of labels: DejaVu Sans, which matplotlib carries, has Latin, Greek, Cyrillic; without it Pillow's own."""
     package = importlib.util.find_spec("matplotlib")
     for folder in package.submodule_search_locations if package else []:
+        path = os.path.join(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")
         with contextlib.suppress(OSError):
-            return ImageFont.truetype(os.path.join(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf"), size)
+            return ImageFont.truetype(path, size)
     return ImageFont.load_default(size)
 
 
 def cut_label(text, font, width):
-    """The text, or as much of its beginning, with dots behind it, as is at most `width` pixels wide."""
+    """The text, or as much of its beginning, with dots behind it, as `width` pixels hold."""
     if len(text) <= width and font.getlength(text) <= width:
         return text
     text = text[:width]     # a thousand words need not be set to see that they are too long
-    fits = bisect.bisect_right(range(len(text) + 1), width, key=lambda n: font.getlength(text[:n] + "..."))
+    fits = bisect.bisect_right(range(len(text) + 1), width,
+                               key=lambda n: font.getlength(text[:n] + "..."))
     return text[:max(0, fits - 1)].rstrip() + "..."
 
 
 def picture_grid(rows, captions=None, frames=None):
     """rows of pictures ([H,W,3] uint8) -> one PIL image, captions at the left; frames: the same rows of cluster numbers.
 
-    Small pictures are enlarged by a whole factor to about 64 pixels. Captions are cut to the width of four. More than a dozen rows
-    stand in two columns, many more in as many as make the sheet about as wide as high.
+    Small pictures are enlarged by a whole factor to about 64 pixels. Captions are cut to the width of four.
+    More than a dozen rows stand in two columns, many more in as many as make the sheet about as wide as high.
     """
     columns = 1
     if len(rows) > 12:
@@ -525,7 +527,8 @@ def picture_grid(rows, captions=None, frames=None):
         cut = slice(first, first + height)
         parts.append(_grid_column(rows[cut], captions and captions[cut], frames and frames[cut]))
 
-    sheet = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")
+    size = sum(part.width for part in parts), max(part.height for part in parts)
+    sheet = Image.new("RGB", size, "white")
     left = 0
     for part in parts:
         sheet.paste(part, (left, 0))
@@ -555,7 +558,8 @@ def _grid_column(rows, captions, frames):
             if frames and frames[r][i] is not None:
                 colour = COLOURS[frames[r][i] % len(COLOURS)]
                 draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=colour, width=2)
-                draw.text((x, y + side + 2), cut_label(f"expert {frames[r][i]}", label_font(11), side + gap), colour, label_font(11))
+                name = cut_label(f"expert {frames[r][i]}", label_font(11), side + gap)
+                draw.text((x, y + side + 2), name, colour, label_font(11))
     return sheet
 
 

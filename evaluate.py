@@ -391,8 +391,8 @@ def main():
     def try_output():
         try:
             folder.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"--out {folder!r} is not UTF-8, as the name of a safetensors file must be: give another folder") from None
+        except UnicodeEncodeError:      # safetensors would fail later
+            raise UserError(f"--out {folder!r} is not UTF-8: give another folder") from None
         try_folder(folder)
         for ending in ["json", "md"] + ["png"] * (args.table == "experts"):
             try_file(f"{name}.{ending}")
@@ -401,8 +401,9 @@ def main():
         if ranks.rank == 0:
             results[result["run"]] = result
             write_text(f"{name}.json", json.dumps({"results": list(results.values())}, indent=1))
+            text = as_text(list(results.values()))
             # names of files need not be text
-            write_text(f"{name}.md", as_text(list(results.values())).encode(errors="backslashreplace").decode())
+            write_text(f"{name}.md", text.encode(errors="backslashreplace").decode())
 
     on_rank_0(try_output)
     if args.images:
@@ -412,8 +413,10 @@ def main():
     if ranks.rank == 0:
         if args.table == "experts":
             experts_figure(list(results.values()), f"{name}.png")
-        print(f"\n{as_text(list(results.values()))}\nin {name}.json and {name}.md" + (f"; samples in {', '.join(written)}" if written else ""))
-        if opened and (earlier := sorted(file for file in os.listdir(folder) if file.endswith(".npz") and file not in written)):
+        print(f"\n{as_text(list(results.values()))}\nin {name}.json and {name}.md"
+              + (f"; samples in {', '.join(written)}" if written else ""))
+        there = sorted(file for file in os.listdir(folder) if file.endswith(".npz"))
+        if opened and (earlier := [file for file in there if file not in written]):
             print(f"{folder} holds samples of earlier calls, too, not of this table: {', '.join(earlier)}")
     gather(None)        # no rank leaves before
 

@@ -68,31 +68,35 @@ class ModelConfig:
                              f"at most all of its {self.depth} blocks double-stream")
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------
+# ---- text -----------------------------------------------------------------------------------------
 
-# Formatting characters that nobody sees: soft hyphens, marks of direction, word joiners, byte order marks. Not the joiners
-# U+200C and U+200D, which change how letters and emoji look.
+# Formatting characters that nobody sees: soft hyphens, marks of direction, word joiners, byte order
+# marks. Not the joiners U+200C and U+200D, which change how letters and emoji look.
 INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
-SPACES = re.compile("[\\s\\x00-\\x1f\\x7f-\\x9f\u200b]+")     # with control characters and the space of no width
+# control characters and the space of no width are space
+SPACES = re.compile("[\\s\\x00-\\x1f\\x7f-\\x9f\u200b]+")
 
-# The letters are kinds of characters, as _kind tells them. A flag is a pair of regional indicators (r). A symbol (s) has its
-# skin tone (t), its marks (m), and joined (j) to others it is one emoji. A word is letters, digits, underscores (w) and marks.
-# Anything else but space (x) counts where it carries a mark: the keycap of "#", the "!!" that is drawn as an emoji.
+# The letters are kinds of characters, as _kind tells them. A flag is a pair of regional indicators (r).
+# A symbol (s) has its skin tone (t), its marks (m), and joined (j) to others it is one emoji. A word is
+# letters, digits, underscores (w) and marks. Anything else but space (x) counts where it carries a mark:
+# the keycap of "#", the "!!" that is drawn as an emoji.
 WORD = re.compile("rr?|[st][tm]*(?:j+[st][tm]*)*|[wm]+(?:j+[wm]+)*|xm+")
-VARIANTS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")          # the same character, drawn in another way
+# behind a character: the same one, drawn in another way
+VARIANTS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 
 def normalise_text(text):
-    """A caption or a prompt as every text encoder gets it: what looks alike is alike. On one line, without outer spaces.
+    """A caption or a prompt as every text encoder gets it: one line, in which what looks alike is alike.
 
-    Unicode's NFC, no invisible characters, a run of spaces, line ends and control characters one space.
+    Unicode's NFC, no invisible characters, no outer spaces; spaces, line ends and control characters in
+    a row are one space.
     """
     text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
     return SPACES.sub(" ", text).strip()
 
 
 def words(text):
-    """The words of a text, list of str, in lower case: letters, digits and underscores with their marks; each symbol or emoji."""
+    """The words of a text, a list, in lower case: letters, digits, underscores with their marks; each symbol."""
     if text.isascii():      # the same, sooner
         return re.findall(r"\w+", text.lower())
     text = normalise_text(text).lower()

@@ -40,7 +40,8 @@ def read_prompts(args):
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise UserError(f"{flag} {text!r} is not UTF-8: type it again, or give it in a file, --prompts FILE") from None
+                raise UserError(f"{flag} {text!r} is not UTF-8: type it again, or give it in a file, "
+                                f"--prompts FILE") from None
     if not args.prompts:
         return args.prompt
     lines = [line for line in read_text(args.prompts).split("\n") if normalise_text(line)]
@@ -74,14 +75,15 @@ def read_conditions(args, model, space):
 
 
 def warn_of_wordless(prompts, conditions):
-    """Names the prompts in which the text encoder found nothing, though they are not empty: they would silently be no prompt."""
+    """Names the prompts that are not empty, but in which the text encoder found nothing: in silence they would be none."""
     wordless = [prompt for prompt, c in zip(prompts, conditions) if prompt and not c.any()]
     if wordless and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {len(wordless)} of {len(prompts)} prompts hold no word, {wordless[0]!r} the first: as if there were none", file=sys.stderr)
+        print(f"warning: {len(wordless)} of {len(prompts)} prompts hold no word, {wordless[0]!r} the first: "
+              f"as if there were none", file=sys.stderr)
 
 
 def clear_output(out, files, grid, routing, show_routing):
-    """Tries the places of output, and removes what an earlier call left in them -> number of single images removed.
+    """Tries the places of output and removes what an earlier call left there -> number of single images removed.
 
     UserError where they cannot be written, or where a folder holds images that would pass for ours.
     """
@@ -93,10 +95,11 @@ def clear_output(out, files, grid, routing, show_routing):
             os.remove(routing)
         return 0
     try_folder(out)
-    earlier = sorted(name for name in os.listdir(out) if re.fullmatch(r"[0-9]{4,}\.png|grid\.png|routing\.png", name))
+    ours = re.compile(r"([0-9]{4,}|grid|routing)\.png")
+    earlier = sorted(name for name in os.listdir(out) if ours.fullmatch(name))
     if foreign := [name for name in earlier if not made_here(os.path.join(out, name))]:
-        raise UserError(f"--out {out} holds {foreign[0]}, which sample.py has not made ({len(foreign)} such in all), and ours would stand between: "
-                        f"give another folder")
+        raise UserError(f"--out {out} holds {foreign[0]}, which sample.py has not made ({len(foreign)} such in all), "
+                        f"and ours would stand between: give another folder")
     for name in earlier:
         os.remove(os.path.join(out, name))
     return sum(name[0].isdigit() for name in earlier)
@@ -140,9 +143,11 @@ def routing_picture(rows, K):
     sheet = Image.new("RGB", (width + gap, begin + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 2), "x_0 as predicted at time t, and the sample.", "black", font)
-    draw.text((gap, 2 + line), "Strips, from noise to data: p(k | x_t, t, c); thin: the experts in use", "black", font)
+    about = "Strips, from noise to data: p(k | x_t, t, c); thin: the experts in use"
+    draw.text((gap, 2 + line), about, "black", font)
     for k in range(K):
-        draw.text((gap + k % names * name, 2 + (2 + k // names) * line), f"expert {k}", colours[k], font)
+        place = gap + k % names * name, 2 + (2 + k // names) * line
+        draw.text(place, f"expert {k}", colours[k], font)
     for r, (title, path, pictures) in enumerate(rows):
         top = begin + r * height
         draw.text((gap, top), cut_label(title, font, width - gap), "black", font)
@@ -232,11 +237,10 @@ def main():
         settings.cfg = 1.0
     space.forget("text")            # it may be larger than an expert
     space.network("autoencoder")    # the wrong one is refused now, not after the work
-    files, folder, grid = not args.out.lower().endswith(".png"), args.out or os.path.join(args.run, "samples"), args.out
+    files, grid, routing_file = not args.out.lower().endswith(".png"), args.out, f"{args.out[:-4]}.routing.png"
+    folder, removed = args.out or os.path.join(args.run, "samples"), []
     if files:
-        grid = os.path.join(folder, "grid.png")
-    routing_file = os.path.join(folder, "routing.png") if files else f"{grid[:-4]}.routing.png"
-    removed = []
+        grid, routing_file = (os.path.join(folder, name) for name in ("grid.png", "routing.png"))
     on_rank_0(lambda: removed.append(clear_output(folder, files, grid, routing_file, args.show_routing)))
 
     calls = flow.evaluations(settings.steps, settings.solver)
