@@ -190,10 +190,10 @@ def script(main):
         main()
     except UserError as error:
         # ranks other than 0 keep silent about what all of them have met
-        end(2, f"error: {error}" if error.local or not others else "", after=0 if error.local else 3)
+        end(2, error_line(error) if error.local or not others else "", after=0 if error.local else 3)
     except (OSError, UnicodeEncodeError) as error:
         if line := explain(error):
-            end(2, f"error: {line}", after=3)      # rank 0 may have met the same
+            end(2, error_line(line), after=3)      # rank 0 may have met the same
         end(1, traceback.format_exc())
     except KeyboardInterrupt:
         end(130, "stopped by Ctrl-C")
@@ -201,6 +201,11 @@ def script(main):
         end(1, traceback.format_exc())
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def error_line(text):
+    """One line, whatever characters the names in it have."""
+    return "error: " + " ".join(str(text).splitlines())
 
 
 def end(code, text, after=0):
@@ -250,36 +255,36 @@ def explain(error):
         return (f"{error.object!r} cannot be written in {error.encoding}: rename it, or use a UTF-8 locale (LANG=C.UTF-8)")
     path = error.filename if error.filename2 is None else error.filename2
     if error.errno in REMEDIES and (path is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE)):
-        place = f"{os.fsdecode(path)}: " if isinstance(path, (str, bytes)) else ""
+        place = "" if path is None else f"{path}: "
         return f"{place}{os.strerror(error.errno)}: {REMEDIES[error.errno]}"
     if path is not None and error.errno:
         return f"{path}: {error.strerror}"
     return ""
 
 
-def try_folder(path):
-    """Makes the folder `path` and a file in it, which is removed again. Called before work whose result belongs there: OSError."""
-    os.makedirs(path, exist_ok=True)
-    with atomic(os.path.join(path, ".writable")) as temporary:
+def _try(temporary, path):
+    """Writes and removes the file `temporary`; an OSError names `path`."""
+    try:
         open(temporary, "wb").close()
-    os.remove(os.path.join(path, ".writable"))
+        os.remove(temporary)
+    except OSError as error:
+        error.filename = path
+        raise
 
 
-class _Tried(Exception):
-    """Ends try_file's attempt."""
+def try_folder(path):
+    """Makes the folder `path`, and tries to write in it. Called before work whose result belongs there: OSError."""
+    os.makedirs(path, exist_ok=True)
+    _try(_temporary(os.path.join(path, "x")), path)
 
 
 def try_file(path):
-    """Tries to write beside `path`, as atomic does; what is there stays. Called before the work whose result it will hold.
-
-    OSError, UserError.
-    """
+    """Tries to write beside `path`, as atomic does; what is there stays. Called before the work whose result it will hold: OSError, UserError."""
     if os.path.exists(path) and not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "no ordinary file"
         raise UserError(f"{path} is {kind}: give another name")
-    with contextlib.suppress(_Tried), atomic(path) as temporary:
-        open(temporary, "wb").close()
-        raise _Tried
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _try(_temporary(path), path)
 
 
 # ---- text and JSON --------------------------------------------------------------------------------------------------
@@ -681,15 +686,18 @@ def sync(path):
         os.close(descriptor)
 
 
+def _temporary(path):
+    """A name beside `path`, this thread's own."""
+    return f"{path}.{os.getpid()}-{threading.get_native_id()}.tmp"
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yields a name beside `path` to write to; renames it into place at the end, so that no half-written file is ever seen, even after a loss of power.
 
     An OSError names `path`, also where safetensors failed to write, or the write itself did, which knows no name.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    # threads of one process may write the same file
-    temporary = f"{path}.{os.getpid()}-{threading.get_native_id()}.tmp"
+    folder, temporary = os.path.dirname(os.path.abspath(path)), _temporary(path)
     try:
         os.makedirs(folder, exist_ok=True)
         yield temporary
@@ -701,7 +709,7 @@ def atomic(path):
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
-            raise
+            raise UserError(f"{path} could not be written: {error}") from None
         raise OSError(int(number[1]), os.strerror(int(number[1])), path) from None
     except OSError as error:
         if error.filename is None or error.filename == temporary:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import command, copy, give, inside, rewrite
+from conftest import command, copy, inside, rewrite
 from PIL import Image
 from safetensors.torch import load_file
 

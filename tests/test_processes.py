@@ -7,13 +7,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command, command_line, copy, inside
+from conftest import ENVIRONMENT, ROOT, command, copy, inside
 
 import common
 import data
@@ -58,7 +57,7 @@ def main():
 
 common.script(main)
 """)
-    done = command(tmp_path / "stage.py", ranks=2, check=False)
+    done = command(tmp_path / "stage.py", ranks=2, check=False, real=True)
     assert done.returncode == 1 and "RuntimeError: CUDA out of memory, say" in done.stderr and 'line 10, in main' in done.stderr
 
 
