@@ -331,7 +331,7 @@ def test_sharded_training_gives_the_losses_and_the_average_of_one_process(cluste
 
 
 def test_sharded_training_in_bf16_follows_one_process_in_bf16(clustered, tmp_path):
-    """To bf16's rounding: FSDP's gathered weights are bf16 where autocast would leave fp32, so the residual stream is, too. Pictures are drawn as well."""
+    """To bf16's rounding: FSDP's gathered weights are bf16 where autocast would leave fp32. Pictures are drawn as well."""
     flags = ["--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.precision", "bf16"]
     one, two = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
     command("train_expert.py", "--run", one, *flags)
