@@ -160,8 +160,7 @@ def main():
         raise UserError(f"the student needs all {K} experts as teachers, {args.run}/experts has {', '.join(map(str, teachers.paths))}")
     teachers.check_fits("the student", {"model": vars(student_config), **info})
     initial, begun = initial_weights(args.run, args.init, student_config) if args.init else (None, {"flops": 0})
-    beside = space.weight_bytes()
-    beside += keep_teachers(teachers, args.resident, student_config, train=train, ranks=ranks, share=share, frozen=beside)
+    beside = space.weight_bytes() + keep_teachers(teachers, args.resident, student_config, train, ranks, share, space.weight_bytes())
     state = engine.State(args.run, "student", student_config, train, ranks, config, space, batch, initial, beside, shard="student", init=args.init,
                          clustering=clusters["fingerprint"], images=len(data), micro_batch=micro,
                          teachers=" ".join(f"{k}:{about['step']}" for k, about in teachers.infos.items()))
@@ -170,8 +169,7 @@ def main():
     info["init_flops"] = begun["flops"]
 
     path = os.path.join(args.run, "student.safetensors")
-    # after a resume: counted once, before the decoding processes are forked
-    data.cluster(state.step * batch // micro)
+    data.cluster(state.step * batch // micro)       # after a resume: counted once, before the decoding processes are forked
     for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
         first = (state.step * batch + ranks.rank * share) // micro      # this rank's first micro-batch of the step
         for m, b in enumerate(step.batches(), first):
