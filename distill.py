@@ -44,8 +44,10 @@ class ByCluster(torch.utils.data.Dataset):
     def __init__(self, parts, micro):
         self.parts, self.micro = parts, micro
         self.shares = np.cumsum([len(part) for part in parts]) / len(self)
-        self.before = [np.zeros(len(parts), np.int64)]      # of each block so far: how many micro-batches of each cluster come before it
-        self.block = -1, None                               # the one that was asked for last: its number, and the clusters in it
+        # of each block so far, how many micro-batches of each cluster come before it
+        self.before = [np.zeros(len(parts), np.int64)]
+        # the block that was asked for last: its number, and the clusters in it
+        self.block = -1, None
 
     def __len__(self):
         return sum(map(len, self.parts))
@@ -56,7 +58,10 @@ class ByCluster(torch.utils.data.Dataset):
         return np.searchsorted(self.shares[:-1], m * GOLDEN % 1, side="right")
 
     def _open(self, block):
-        """The clusters [BLOCK] of a block. A training has as many micro-batches as it likes: what is kept of the other blocks is a row each."""
+        """The clusters [BLOCK] of a block.
+
+        A training has as many micro-batches as it likes: of all other blocks a row each is kept.
+        """
         if self.block[0] != block:
             while len(self.before) <= block:
                 counts = np.bincount(self._clusters(len(self.before) - 1), minlength=len(self.parts))
@@ -99,17 +104,21 @@ def initial_weights(run, shard, config):
 
 
 def keep_teachers(teachers, resident, config, train, ranks, share, frozen):
-    """Sets how many teachers stay on the device: `resident`, 0 for all, -1 for as many as fit. -> bytes that they take.
+    """Sets how many teachers stay on the device: `resident`, 0 for all, -1 for as many as fit.
 
-    A micro-batch is of one cluster, and so nearly each wants another teacher than the one before: one that is not there is read from disk.
+    A micro-batch is of one cluster, and so nearly each wants another teacher than the one before: one
+    that is not there is read from disk. frozen: bytes of the frozen networks. -> bytes of the teachers.
     """
-    sizes = [models.parameters(models.ModelConfig(**info["model"])) * teachers.dtype.itemsize for info in teachers.infos.values()]
+    shapes = [models.ModelConfig(**info["model"]) for info in teachers.infos.values()]
+    sizes = [models.parameters(shape) * teachers.dtype.itemsize for shape in shapes]
     if resident < 0 and ranks.device.type == "cuda":
-        need = plan.Memory(config, networks.resolve(train.precision, ranks.device) == "bf16", frozen)
-        resident = need.teachers(train, ranks.world, share, sizes, plan.device_memory(ranks.device))
-        resident = broadcast(resident)
+        bf16 = networks.resolve(train.precision, ranks.device) == "bf16"
+        need = plan.Memory(config, bf16, beside=frozen)
+        fit = need.teachers(train, ranks.world, share, sizes, plan.device_memory(ranks.device))
+        resident = broadcast(fit)       # GPUs may differ by a few bytes
         if ranks.rank == 0 and resident < len(sizes):
-            print(f"{resident} of {len(sizes)} teachers stay on each GPU: there is no room for more (--resident)", flush=True)
+            print(f"{resident} of {len(sizes)} teachers stay on each GPU, there is no room for more: the "
+                  f"others are read when their turn comes", flush=True)
     teachers.resident = max(0, resident)
     return sum(sorted(sizes)[-(teachers.resident or len(sizes)):])
 
@@ -117,8 +126,9 @@ def keep_teachers(teachers, resident, config, train, ranks, share, frozen):
 def main():
     parser = training.stage_parser(__doc__, ["train", "train.student", "data", "model", "autoencoder", "text"])
     parser.add_argument("--init", default="", metavar="K|all", help="begin with the weights of this expert, or the monolith's (default: from scratch)")
-    parser.add_argument("--resident", type=int, default=-1, metavar="N", help="teachers on the device at most (default: as many as fit by the estimate "
-                        "of --plan, on a CPU all; 0: all)")
+    parser.add_argument("--resident", type=int, default=-1, metavar="N",
+                        help="teachers on the device at most (default: as many as fit by the estimate of "
+                        "--plan, on a CPU all; 0: all)")
     args, given = parse(parser)
     config = load_run(args.run, given, "student", args.plan)
     config.flow.objective, config.flow.path = "velocity", "linear"      # the student's, whatever its teachers'

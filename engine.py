@@ -62,8 +62,9 @@ def prepare_blocks(model, activation_checkpointing="none", compile=False, backen
         return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **context)
 
     if compile:
-        # DDP's gradients are summed in buckets, and Dynamo would cut each compiled block where a bucket ends, so that one overlaps
-        # with the other: the blocks are cut enough. (On torch 2.11 selective checkpointing is lost in a block that is cut.)
+        # DDP sums gradients in buckets, and Dynamo would cut each compiled block where a bucket ends, so
+        # that sums overlap with the backward pass: between blocks they do anyway. (On torch 2.11
+        # selective checkpointing is lost in a block that is cut.)
         torch._dynamo.config.optimize_ddp = False
     if compile or activation_checkpointing != "none":
         function = torch.compile(forward, fullgraph=True, backend=backend) if compile else forward
@@ -86,7 +87,10 @@ def out_of_memory(error):
 
 @contextlib.contextmanager
 def dispensable(what):
-    """Training goes on, with a warning, where this cannot be made or written: the disk is full, or the memory. Yields a list, to which the reason is added."""
+    """Training goes on, with a warning, where this cannot be made or written: disk or memory are full.
+
+    Yields a list, to which the reason is added.
+    """
     reasons = []
     try:
         yield reasons
@@ -95,17 +99,19 @@ def dispensable(what):
         if not memory and isinstance(error, RuntimeError):
             raise
         reasons.append(str(error).strip().partition("\n")[0] or type(error).__name__)
-        print(f"warning: {what} could not be {'made' if memory else 'written'} ({reasons[0]}), and training goes on", file=sys.stderr, flush=True)
+        print(f"warning: {what} could not be {'made' if memory else 'written'} ({reasons[0]}), and "
+              f"training goes on", file=sys.stderr, flush=True)
 
 
 def warn_of_rest(name, share, micro):
-    """Says that a rank's share of the batch is no multiple of its micro-batch: compiled, the rest is a graph of its own."""
+    """Says that a rank's share of the batch is no multiple of its micro-batch: the rest is a graph of its own."""
     if share % min(micro or share, share):
         divisors = [m for m in range(1, share + 1) if share % m == 0]
         nearest = [max(m for m in divisors if m <= micro), min(m for m in divisors if m > micro)]
-        print(f"warning: {name}: train.micro_batch = {micro} does not divide the {share} images of a rank: the last micro-batch of each step has "
-              f"{share % micro}, for which each block is compiled once more, for any size, which is slower. {nearest[0]} and {nearest[1]} divide "
-              f"{share}", file=sys.stderr, flush=True)
+        print(f"warning: {name}: train.micro_batch = {micro} does not divide the {share} images of a rank: the "
+              f"last micro-batch of each step has {share % micro}, for which each block is compiled once more, "
+              f"for any size, which is slower. {nearest[0]} and {nearest[1]} divide {share}",
+              file=sys.stderr, flush=True)
 
 
 # ---- state --------------------------------------------------------------------------------------------------------
@@ -199,9 +205,11 @@ class State:
             set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.sharded))
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         self.pairs = None       # (average, weights), this rank's parts of them: see update
-        # one for all checkpoints. It copies the state to host memory in this thread, on a GPU to pinned memory that it keeps; without one the
-        # thread that writes would open a context on GPU 0 for each rank, and wait for training's kernels every 10 MB
-        self.writer = dcp.FileSystemWriter(self.folder, cache_staged_state_dict=ranks.device.type == "cuda")
+        # one for all checkpoints. It copies the state to host memory in this thread, from a GPU to pinned
+        # memory that it keeps; without one the thread that writes would open a context on GPU 0 for each
+        # rank, and wait for training's kernels every 10 MB
+        pinned = ranks.device.type == "cuda"
+        self.writer = dcp.FileSystemWriter(self.folder, cache_staged_state_dict=pinned)
         # fused: one kernel over all weights
         self.optimizer = torch.optim.AdamW(self.model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
         # since the last row of the log: loss, images, gradient norms, steps, samples that could not be used, the largest norm; then by bin of t: what is
@@ -237,8 +245,8 @@ class State:
         self.step += 1
         decay = min(self.train.ema, (1 + self.step) / (10 + self.step))
         if self.pairs is None:
-            # taken once: of hundreds of DTensors they cost tens of milliseconds a step. Not before the first step: until its forward pass
-            # FSDP may give weights another place in memory, after it nothing does
+            # taken once: of hundreds of DTensors they cost tens of milliseconds a step. Not before the first
+            # step: until its forward pass FSDP may give weights another place in memory, after it nothing does
             self.pairs = [local(e) for e in self.ema.values()], [local(p) for p in self.model.parameters()]
         torch._foreach_lerp_(*self.pairs, 1 - decay)
         return norm

@@ -273,7 +273,8 @@ def evaluate_run(opened, args, spaces, clip, ranks, folder, save):
             save(result)
         if numbers:
             strategies = ["full"] if model != "ensemble" else args.loss or [s for s in LOSSES if (clusters and not team.missing if s == "oracle" else fits(s, K))]
-            # differences of a thousandth are read from it: in fp32 unless asked otherwise, whatever samples are drawn in
+            # differences of a thousandth are read from it: fp32 unless asked otherwise, whatever the
+            # samples are drawn in
             exact = team.in_precision("fp32" if args.loss_precision == "tf32" else args.loss_precision)
             with loss_precision(args.loss_precision):
                 found, answers = validate(exact, strategies, space, data, numbers, labels, args, ranks)
@@ -327,8 +328,9 @@ def read_arguments():
     group.add_argument("--loss", nargs="+", default=[], metavar="S", help=f"strategies of the validation loss (default: {' '.join(LOSSES)}; oracle: the "
                        "expert of the picture's own cluster)")
     group.add_argument("--loss-images", type=int, metavar="N", help="reference pictures for it, at most (default: 2000; 0: none)")
-    group.add_argument("--loss-precision", default="fp32", choices=("fp32", "tf32", "bf16"), help="of the validation loss and the router's answers (default: fp32, "
-                       "also on a GPU; samples are drawn in --precision)")
+    group.add_argument("--loss-precision", default="fp32", choices=("fp32", "tf32", "bf16"),
+                       help="of the validation loss and the router's answers (default: fp32, also on a GPU; "
+                       "samples are drawn in --precision)")
     group.add_argument("--table", choices=["models", "strategies", "experts"], default="models", help="models (default): each model of the run; "
                        "strategies: every strategy, the paper's table 1; experts: several runs, its figure 4")
     group.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="with --table experts: the runs beside --run")
@@ -342,7 +344,7 @@ def read_arguments():
     for role in ("autoencoder", "text", "features"):
         group.add_argument(f"--{role}.name", metavar="NAME", help="hub name or local folder of the same network")
     args, given = parse(parser)
-    alone = {"--loss": args.loss, "--loss-precision": args.loss_precision if args.loss_precision != "fp32" else "", "--samples": args.samples, "--loss-images": args.loss_images, "--seed": args.seed, "--models": args.models, "--clip": args.clip,
+    alone = {"--loss": args.loss, "--loss-precision": args.loss_precision.removeprefix("fp32"), "--samples": args.samples, "--loss-images": args.loss_images, "--seed": args.seed, "--models": args.models, "--clip": args.clip,
              "--npz": args.npz, "--table": args.table != "models"} | {f"--{name}": True for name in given}
     if args.images:
         alone["--run"] = args.run != parser.get_default("run")
@@ -358,7 +360,7 @@ def read_arguments():
         raise UserError(f"one of these is out of range: --samples {args.samples} (0, or at least 2), --loss-images {args.loss_images} (at least 0), "
                         f"--batch {args.batch} (at least 1), --seed {args.seed} (0 to 2^63)")
     of_samples = {"--features": args.features, "--clip": args.clip, "--npz": args.npz} | {
-        f"--{n.partition('.')[2].replace('_', '-')}": n.startswith("sample.") and n.partition(".")[2] not in ("resident", "precision", "compile") for n in given}
+        f"--{n.partition('.')[2].replace('_', '-')}": n.startswith("sample.") and n.partition(".")[2] not in ("resident", "compile") for n in given}
     for idle, why in ((not args.samples and next((flag for flag, value in of_samples.items() if value), ""), "--samples 0"),
                       (not args.loss_images and args.loss and "--loss", "--loss-images 0"),
                       (not args.loss_images and args.loss_precision != "fp32" and "--loss-precision", "--loss-images 0"), (args.runs and args.npz and "--npz", "--table experts")):

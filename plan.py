@@ -126,7 +126,7 @@ def parameters(module):
 
 
 def frozen(config, bf16):
-    """The frozen networks of a run's config -> (bytes of their weights, bytes that they work in, words for networks that are left out).
+    """The frozen networks of a run's config -> (bytes of their weights, bytes that they work in, words for those left out).
 
     Both are resident unless their work is cached; even then one GPU has the autoencoder, which draws samples.
     """
@@ -139,9 +139,11 @@ def frozen(config, bf16):
         try:
             sizes = networks.frozen_parameters(config)
         except UserError as error:
-            sizes, unknown = [size or 0 for size in sizes], f"; without some frozen networks, of which nothing is known ({error})"
-    weights = 4 * sum(sizes[:latent])       # an autoencoder's are fp32 always
-    weights += sum(sizes[latent:]) * (2 if bf16 and config.text.precision != "fp32" else 4)
+            sizes = [size or 0 for size in sizes]
+            unknown = f"; without some frozen networks, of which nothing is known ({error})"
+    half = bf16 and config.text.precision != "fp32"
+    # an autoencoder's are fp32 always
+    weights = 4 * sum(sizes[:latent]) + sum(sizes[latent:]) * (2 if half else 4)
     # about four feature maps of Stable Diffusion's 128 channels at full resolution
     work = 4 * 128 * 4 * networks.AT_ONCE if latent else 0
     return weights, work, unknown
@@ -160,7 +162,8 @@ class Memory:
         self.image = {mode: three[mode] - two[mode] for mode in two}
         self.casts = two["none"] - 2 * self.image["none"]       # bf16 copies of the weights, which autocast makes and backward needs
         # token features in f16, as they come and with some of them dropped
-        self.image = {mode: bytes + 2 * 2 * config.length * config.text_dim for mode, bytes in self.image.items()}
+        tokens = 2 * 2 * config.length * config.text_dim
+        self.image = {mode: image + tokens for mode, image in self.image.items()}
         with torch.device("meta"):
             model = models.build(config)
         self.parameters = parameters(model)
@@ -175,7 +178,8 @@ class Memory:
         copies = self.gathered * (8 if self.bf16 else 12) if sharded else self.casts
         gradients = 4 * P / (1 if accumulating else W)
         if accumulating and world > 1 and not sharded:
-            # DDP has its buckets from the start, and the first micro-batch of all, after which nothing is summed, makes gradients beside them
+            # DDP has its buckets from the start; the first micro-batch of all, after which nothing is summed,
+            # makes gradients beside them
             gradients += 4 * P
         return {"weights": 4 * P / W, "gradients": gradients, "AdamW": 8 * P / W, "average": 4 * P / W, "copies": copies}
 
@@ -192,8 +196,12 @@ class Memory:
         return world > 1 and (train.parallel == "fsdp" or train.parallel == "auto" and self.configured(False, train, world, share) > USABLE * memory)
 
     def teachers(self, train, world, share, sizes, memory):
-        """How many of the models of these sizes (bytes) fit beside the training as [train] has it, at least one; replicas, if they fit, go first."""
-        ways = {"ddp": [False], "fsdp": [True], "auto": [False, True]}[train.parallel] if world > 1 else [False]
+        """How many models of these sizes (bytes) fit beside the training as [train] has it, at least one.
+
+        The student is sharded only where replicas leave no room for one.
+        """
+        parallel = train.parallel if world > 1 else "ddp"
+        ways = {"ddp": [False], "fsdp": [True], "auto": [False, True]}[parallel]
         for sharded in ways:
             room = USABLE * memory - self.configured(sharded, train, world, share)
             if room >= max(sizes):
@@ -241,7 +249,9 @@ def report(name, config, train, batch, run_config, teachers=0, resident=-1):
     need = Memory(config, bf16, weights, work)
     if teachers:
         each = need.parameters * 2      # in bf16, see ensemble.py
-        resident = need.teachers(train, world, share, [each] * teachers, memory) if resident < 0 else min(resident or teachers, teachers)
+        if resident < 0:
+            resident = need.teachers(train, world, share, [each] * teachers, memory)
+        resident = min(resident or teachers, teachers)
         need.beside += resident * each
     with torch.device("meta"):
         model = models.build(config)
@@ -253,7 +263,8 @@ def report(name, config, train, batch, run_config, teachers=0, resident=-1):
           f"= {images * image_flops:.3g} FLOPs")
     print(f"\nmemory in GB of the {rates[2]} of a {settings.gpu}, {USABLE:.0%} of which may be used; activations as in eager mode")
     if weights or unknown:
-        print(f"of it {weights / GB:.3g} GB for frozen networks (less where their work is cached), which work in {work / GB:.2g} GB before the model does{unknown}")
+        print(f"of it {weights / GB:.3g} GB for frozen networks (less where their work is cached), which work in "
+              f"{work / GB:.2g} GB before the model does{unknown}")
     if teachers:
         print(f"of it {resident * each / GB:.3g} GB for {resident} of {teachers} teachers")
     print("         activation     weights  gradients   AdamW  average  copies    an image's     micro-batch     in all\n"
@@ -268,8 +279,9 @@ def report(name, config, train, batch, run_config, teachers=0, resident=-1):
                   + f"{need.image[mode] / GB:14.3f}{micro or 'none':>16}{total / GB:11.1f}")
     print("* as configured (train.parallel, train.activation_checkpointing); auto shards only if replicas do not fit")
     staged = 16 * need.parameters       # weights, moments, average
-    print(f"host memory: a checkpoint is first copied to {staged / GB:.3g} GB of pinned memory for each GPU, which is kept"
-          + (f"; sharded (FSDP2) to {staged / world / GB:.3g} GB" if world > 1 else ""))
+    sharded = f"; sharded (FSDP2) to {staged / world / GB:.3g} GB" if world > 1 else ""
+    print(f"host memory: a checkpoint is first copied to {staged / GB:.3g} GB of pinned memory for each GPU, "
+          f"which is kept{sharded}")
     step = batch * image_flops / (world * peak * settings.mfu)
     print(f"\ntime: {step:.3g} s a step, {batch / step:.4g} images/s, {days(step * train.steps)} for {train.steps:,} steps at {settings.mfu:.0%} MFU of {peak / 1e12:.0f} TFLOP/s "
           f"({'bf16' if bf16 else 'TF32'}) a GPU")

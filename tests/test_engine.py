@@ -289,6 +289,36 @@ def test_the_average_is_the_formula_s_and_swapping_it_twice_changes_nothing(tmp_
     assert all(torch.equal(p, before[k]) for k, p in state.model.named_parameters())
 
 
+def test_a_sharded_average_is_the_formula_s_also_after_a_resume(alone, tmp_path, monkeypatch):
+    """Its parts are taken once: they must be those that the optimiser moves, whatever loading and the first forward pass did to them."""
+    monkeypatch.setattr(plan, "choose_parallel", lambda *_: (True, ""))
+
+    def steps(state, count):
+        expected = {k: e.full_tensor().clone() for k, e in state.ema.items()}
+        for _ in range(count):
+            gradients(state.model, "DiT")
+            state.update()
+            decay = min(0.5, (1 + state.step) / (10 + state.step))
+            expected = {k: decay * e + (1 - decay) * p.full_tensor().detach() for (k, e), p in zip(expected.items(), state.model.parameters())}
+        for k, e in state.ema.items():
+            torch.testing.assert_close(e.full_tensor(), expected[k])
+        return expected
+
+    settings = {"ema": 0.5, "lr": 0.01}
+    state = made(tmp_path, **settings)
+    assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in state.model.parameters())
+    steps(state, 2)
+    sampled(state)
+    last = steps(state, 1)
+    state.save("to be continued")
+    assert state.finish_saving()
+    again = made(tmp_path, **settings)
+    assert again.resumed and all(torch.equal(e.full_tensor(), state.ema[k].full_tensor()) for k, e in again.ema.items())
+    assert any((e - last[k]).abs().max() > 1e-4 for k, e in steps(again, 3).items())
+    parts = [e.to_local().data_ptr() for e in again.ema.values()], [p.to_local().data_ptr() for p in again.model.parameters()]
+    assert [[part.data_ptr() for part in side] for side in again.pairs] == list(parts)
+
+
 def test_a_checkpoint_holds_the_moment_it_was_made_while_training_goes_on(tmp_path):
     from common import make_config
     from training import stage_config
@@ -331,7 +361,7 @@ def test_sharded_training_gives_the_losses_and_the_average_of_one_process(cluste
 
 
 def test_sharded_training_in_bf16_follows_one_process_in_bf16(clustered, tmp_path):
-    """To bf16's rounding: FSDP's gathered weights are bf16 where autocast would leave fp32, so the residual stream is, too. Pictures are drawn as well."""
+    """To bf16's rounding: FSDP's gathered weights are bf16 where autocast would leave fp32. Pictures are drawn as well."""
     flags = ["--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.precision", "bf16"]
     one, two = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
     command("train_expert.py", "--run", one, *flags)

@@ -385,6 +385,7 @@ def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, con
     (["--samples", 0, "--cfg", 2], ["--cfg does nothing with --samples 0"]),
     (["--loss-images", 0, "--loss", "full"], ["--loss does nothing with --loss-images 0"]),
     (["--loss-images", 0, "--loss-precision", "bf16"], ["--loss-precision does nothing with --loss-images 0"]),
+    (["--samples", 0, "--precision", "bf16"], ["--precision does nothing with --samples 0"]),
     (["--loss-precision", "auto"], ["--loss-precision", "'auto'"]),
     (["--models", "monolith", "--route-every", 2], ["--route-every does nothing with --monolith"]),
     (["--cfg-low", 5], ["cfg_low 5.0"]),
