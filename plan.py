@@ -287,7 +287,8 @@ def report(name, config, train, batch, run_config, teachers=0, resident=-1):
           f"({'bf16' if bf16 else 'TF32'}) a GPU")
     files = need.parameters * (4 + 8 + 4 + (2 if train.export == "bf16" else 4))
     print(f"a checkpoint and an export are {files / GB:.3g} GB: at 1 GB/s {files / 1e9:.0f} s. After SIGTERM a training needs that, the rest of its step, and as much again if it was "
-          f"saving: give torchrun --shutdown-timeout {max(60, 60 * math.ceil((2 * files / 1e9 + 2 * step) / 60))} (it waits 30 s otherwise)")
+          f"saving: give torchrun --shutdown-timeout {max(60, 60 * math.ceil((2 * files / 1e9 + 2 * step) / 60))} (torch 2.12 and later; otherwise it kills after 30 s, "
+          "see README.md)")
     if settings.step_seconds:
         able = world * peak * settings.step_seconds
         print(f"a step of {settings.step_seconds:g} s on {world} x {settings.gpu}: {days(settings.step_seconds * train.steps)}; a batch of {batch} in that time is an MFU of {batch * image_flops / able:.1%}; "

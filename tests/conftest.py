@@ -12,8 +12,8 @@ import tempfile
 import time
 from unittest import mock
 
+import forks
 import numpy as np
-import processes
 import pytest
 from PIL import Image
 
@@ -73,12 +73,12 @@ def command_line(*args, ranks=0):
 def command(*args, ranks=0, check=True, real=False):
     """Runs one of the scripts as a user would, on the CPU; -> CompletedProcess with text output.
 
-    real: by python or torchrun itself, where their own words and exit codes count; else by processes.py, which is quicker.
+    real: by python or torchrun itself, where their own words and exit codes count; else by forks.py, which is quicker.
     """
     if real:
         done = subprocess.run(command_line(*args, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     else:
-        done = processes.run([*map(str, args)], cwd=ROOT, environment=ENVIRONMENT, ranks=ranks)
+        done = forks.run([*map(str, args)], cwd=ROOT, environment=ENVIRONMENT, ranks=ranks)
     assert not check or done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
     return done
 

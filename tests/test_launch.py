@@ -1,13 +1,14 @@
 """The launchers: what they ask of a machine, what they say, and a training on a host. No network, no rsync: stand-ins take their places."""
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, wait_until
 
 import model as models
 
@@ -208,15 +209,22 @@ def test_where_there_are_gpus_they_must_be_used(site, listed, code, expected):
     assert expected in words and ("--device cuda" in words) == (code == 0)
 
 
+BATCH = ["bash", os.path.join(ROOT, "slurm", "ddm.sbatch")]
+
+
+def of_slurm(site):
+    """The environment in which the batch script trains expert 1, after making what it needs."""
+    for name in ("mkdir", "wc", "touch"):
+        (site.bin / name).symlink_to(shutil.which(name))
+    (site.here / "runs/mine/shards/0").mkdir()
+    return ENVIRONMENT | {"PATH": str(site.bin), "RUN": "runs/mine", "SLURM_SUBMIT_DIR": str(site.here), "SLURM_ARRAY_TASK_ID": "1", "SLURM_GPUS_ON_NODE": "0"}
+
+
 @pytest.mark.parametrize("knows, gpus", [(True, 2), (False, 0)])
 def test_the_batch_script_asks_torchrun_for_the_same(site, knows, gpus):
     program(site.bin / "torchrun", TORCHRUN.replace("FLAG", "[--shutdown-timeout S]" * knows))
-    (site.bin / "mkdir").symlink_to(shutil.which("mkdir"))
-    (site.bin / "wc").symlink_to(shutil.which("wc"))
-    (site.here / "runs/mine/shards/0").mkdir()
-    environment = ENVIRONMENT | {"PATH": str(site.bin), "RUN": "runs/mine", "SLURM_SUBMIT_DIR": str(site.here), "SLURM_ARRAY_TASK_ID": "1",
-                                 "SLURM_GPUS_ON_NODE": str(gpus)}
-    run = lambda: subprocess.run(["bash", os.path.join(ROOT, "slurm", "ddm.sbatch"), "--train.lr", "2e-4"], env=environment, capture_output=True, text=True, timeout=300)
+    environment = of_slurm(site) | {"SLURM_GPUS_ON_NODE": str(gpus)}
+    run = lambda: subprocess.run([*BATCH, "--train.lr", "2e-4"], env=environment, capture_output=True, text=True, timeout=300)
     done = run()
     assert done.returncode == 0 and "expert-1: exit code 0, finished 6" in done.stdout, done.stdout + done.stderr
     words = (site.here / "arguments").read_text()
@@ -224,6 +232,22 @@ def test_the_batch_script_asks_torchrun_for_the_same(site, knows, gpus):
     (site.bin / "torchrun").unlink()
     done = run()
     assert done.returncode == 2 and "error: there is no torchrun" in done.stdout
+
+
+@pytest.mark.parametrize("knows, whom", [(True, "torchrun"), (False, "rank")])
+def test_a_stop_reaches_the_ranks_also_where_torchrun_would_not_wait(site, knows, whom):
+    environment = of_slurm(site)
+    program(site.bin / "torchrun", f"""#!/bin/sh
+case $1 in --help) echo {"--shutdown-timeout" * knows}; exit;; esac
+trap 'echo torchrun > stopped; kill -KILL $!' TERM
+sh -c 'trap "echo rank > stopped; exit" TERM; touch begun; while :; do sleep 0.05; done' &
+wait
+""")
+    with subprocess.Popen(BATCH, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wait_until((site.here / "begun").exists)
+        process.send_signal(signal.SIGUSR1)
+        out = process.communicate(timeout=300)[0]
+    assert (site.here / "stopped").read_text() == f"{whom}\n" and "expert-1: exit code" in out
 
 
 # ---- for real -----------------------------------------------------------------------------------------------------
@@ -239,8 +263,6 @@ def test_launch_trains_on_a_host_fetches_the_weights_and_can_be_run_again(traine
         assert done.returncode == 0 and "1 of 1 trainings are finished" in done.stdout, done.stdout + done.stderr
         assert models.read_info(site.run / "experts" / "1.safetensors")["step"] == steps and (site.run / "logs" / "expert-1.csv").exists()
     assert (site.run / "experts" / "1.safetensors").read_bytes() == (site.folder / "runs" / "mine" / "experts" / "1.safetensors").read_bytes()
-    done = site.launch(site.line, "--train.stepz", "9")
-    assert done.returncode == 1 and "unknown argument --train.stepz" in done.stdout + done.stderr
 
 
 def test_the_launchers_are_valid_shell_and_can_be_executed():

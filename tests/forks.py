@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload([
     "torch", "torch._dynamo", "torch._subclasses.fake_tensor", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
     "torch.distributed.nn", "torch.distributed.tensor", "faiss", "numpy", "PIL.Image", "safetensors.torch", "tqdm",
     "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip", "transformers.models.dinov2.modeling_dinov2",
-    "transformers.models.t5.modeling_t5", "diffusers.models.autoencoders.autoencoder_kl", "processes"])
+    "transformers.models.t5.modeling_t5", "diffusers.models.autoencoders.autoencoder_kl", "forks"])
 
 
 def run(args, cwd, environment, ranks=0, timeout=300):
