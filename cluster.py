@@ -40,11 +40,12 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import found
 import networks
 import pretrained
 import training
-from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, gather, make_config, make_parser, on_rank_0, parse, progress,
-                    read_clusters, read_description, read_manifest, read_toml, script, start, sum_over_ranks, write_text, write_toml)
+from common import (CLUSTERING, CONFIG, UserError, atomic, barrier, broadcast, differences, flat, gather, make_config, make_parser, on_rank_0, parse, progress,
+                    read_description, read_manifest, read_toml, script, start, sum_over_ranks, write_text, write_toml)
 from data import (SOURCE, BadSample, Notes, Source, TarWriter, check_members, check_unchanged, decode, describe_samples, find_tars, picture_grid, read_source,
                   scan_tar, split_name, square, subset, usable)
 from features import assign, extractor, nearest
@@ -59,25 +60,26 @@ SAMPLE = 256        # images a fine centroid that k-means sees, as in faiss
 FEATURES = {"identity": dict, "source": SOURCE, "images": int, "skipped": [list], "left": {str: list}}
 
 
-def extract(path, target, prepare, function, info, config, bar):
+def extract(path, target, prepare, function, info, config, bar, again=True):
     """Writes `target`: features [n,D] f16 of the usable samples of one tar, in its order, where each sample's bytes are, and a checksum of its key.
 
-    A file of the same bytes, features and condition stays as it is, unless a sample that was skipped can be used now. -> whether it was made.
+    A file of the same bytes, features and condition stays as it is, unless a sample that was skipped can be used now (again: look).
+    -> whether it was made.
     """
     identity = {"extractor": networks.identity(info), "condition": config.data.condition, "classes": config.data.classes}
     about = current(path, target)
-    if about and about["identity"] == identity and not any(is_mended(path, row, config.data) for row in about["skipped"]):
+    if about and about["identity"] == identity and not (again and any(is_mended(path, row, config.data) for row in about["skipped"])):
         return False
-    features, places, images, bad, notes, second = [], [], [], [], Notes(), []
+    features, places, images, bad, notes, several = [], [], [], [], Notes(), [0]
     with ThreadPoolExecutor(1) as beside:
         source = beside.submit(read_source, path)       # the digest: hashing lets go of the interpreter
         for sample, _, _, image in usable(path, prepare, 256, config.data, bad, notes):
             if "cluster" in sample.members:
                 raise UserError(f"{path} says which cluster its samples are in: it is a shard of a run; --data takes the tars that a run is made of", local=True)
             images.append(image)
-            places.append((sample.start, sample.end - sample.start, zlib.crc32(os.fsencode(sample.key))))
+            places.append((sample.start, sample.end - sample.start, checksum(sample.key)))
             if sample.others:
-                second.append(f"{sample.key}.{sample.taken['image']} taken, not .{sample.others[0]}" if "image" in sample.taken else sample.key)
+                several = [several[0] + 1, *(several[1:] or [sample.choice()])]
             if len(images) == 256:
                 features.append(function(images))
                 bar.update(len(images))
@@ -88,11 +90,15 @@ def extract(path, target, prepare, function, info, config, bar):
     bar.update(len(images))
     offsets, lengths, keys = np.array(places, np.int64).reshape(-1, 3).T.copy()
     skipped = [[sample.key, error.cause, error.detail, sample.start, sample.end - sample.start] for sample, error in bad]
-    left = {"samples with a second image": [len(second), *second[:1]], "members whose names begin with a dot, or in folders like __MACOSX": [notes.hidden],
-            "tars cut off or damaged": [int(bool(notes.torn)), f"{path}: {notes.torn}"]}
+    left = {"of samples with several images all but one": several, "members whose names begin with a dot, or in folders like __MACOSX": [notes.hidden],
+            "the rest of tars that are cut off or damaged": [int(bool(notes.torn)), f"{path}: {notes.torn}"]}
     about = {"identity": identity, "source": vars(source), "images": len(features), "skipped": skipped, "left": {words: n for words, n in left.items() if n[0]}}
     write_features(target, about, {"features": features, "offsets": offsets, "lengths": lengths, "keys": keys})
     return True
+
+
+def checksum(key):
+    return zlib.crc32(key.encode("utf-8", "backslashreplace"))
 
 
 def write_features(target, about, tensors):
@@ -123,18 +129,23 @@ def current(path, target):
 
 def is_mended(path, row, settings):
     """Whether a sample that was skipped can be used now: the disk works again, Pillow is another, or it is another sample."""
-    key, _, _, offset, length = row
+    key, cause, _, offset, length = row
+    if cause.endswith("too large"):
+        return False
     try:
         with open(path, "rb") as file:
             blocks = _read(file, offset, length)
+    except OSError:
+        return False
+    try:
         sample = next(scan_tar(path, file=io.BytesIO(blocks + bytes(1024))))
         members = {role: blocks[place:place + size] for role, (place, size) in sample.members.items()}
         check_members(members, 256, settings)
-    except (BadSample, OSError):
-        return False
+        return True
+    except BadSample:
+        return sample.key != key
     except StopIteration:
         return True
-    return True
 
 
 def _read(file, offset, size):
@@ -231,7 +242,7 @@ def first_key(blocks):
     try:
         header = tarfile.TarInfo.frombuf(blocks[:512], "utf-8", "surrogateescape")
         if not header.isreg():      # a long name, before the header itself
-            with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:") as tar:
+            with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", encoding="utf-8") as tar:
                 header = tar.next()
         return split_name(header.name)[0]
     except (tarfile.TarError, AttributeError, TypeError) as error:
@@ -255,13 +266,13 @@ def partition(path, name, folders, manifests, features_file, clusters, for_route
         file = stack.enter_context(open(path, "rb"))
         writers = [stack.enter_context(TarWriter(target)) for target in targets]
         rows = zip(*(table[column].tolist() for column in ("offsets", "lengths", "keys")), labels)
-        for i, (offset, length, checksum, k) in enumerate(rows):
+        for i, (offset, length, meant, k) in enumerate(rows):
             blocks = _read(file, offset, length)
             try:
                 key = first_key(blocks)
             except ValueError:
                 key = None
-            if key is None or zlib.crc32(os.fsencode(key)) != checksum:
+            if key is None or checksum(key) != meant:
                 raise UserError(f"{path} is not what {features_file} was made of: at byte {offset} is {key or 'no header'}. If the tar has been replaced, use another "
                                 f"--run; if not, delete {features_file} and run the same command again", local=True)
             writers[k].add_raw(blocks)
@@ -304,7 +315,7 @@ def check_skipped(run, tars, about, left, config, ranks):
         print(f"{images} images in {len(tars)} tars" + (f"; {len(rows)} skipped ({path}): {counted}" if rows else "") + left_out(about, left), flush=True)
         write_skipped(path, tars, rows)
     if not images and tars:
-        raise UserError(f"no usable image: {counted or 'the tars are empty'}; {first_skipped(tars, rows, causes, config)}{left_out(about, left)}")
+        raise UserError(f"no usable image: {counted}{'; ' if rows else ''}{first_skipped(tars, rows, causes, config)}{left_out([], left)}")
     if len(rows) > 10 and len(rows) > most * (images + len(rows)):
         raise UserError(f"{len(rows)} of {images + len(rows)} samples cannot be used, more than data.max_bad = {most} of them ({counted}): see {path}, or allow more; "
                         f"{first_skipped(tars, rows, causes, config)}")
@@ -314,9 +325,9 @@ def left_out(about, left):
     """'; left out: ...': what of --data and of its tars is not used, besides the samples that are skipped."""
     every = collections.defaultdict(list)
     for a in about:
-        for words, found in a["left"].items():
-            every[words].append(found)
-    words = [f"{sum(n for n, *_ in found)} {words}" + (f" ({first[0]})" if (first := found[0][1:]) else "") for words, found in every.items()]
+        for words, counted in a["left"].items():
+            every[words].append(counted)
+    words = [f"{words}: {sum(n for n, *_ in counted)}" + (f" ({first[0]})" if (first := counted[0][1:]) else "") for words, counted in every.items()]
     return "; left out: " + ", ".join(words) if (words := [*left, *words]) else ""
 
 
@@ -326,7 +337,7 @@ def first_skipped(tars, rows, causes, config):
         return describe_samples(next(iter(tars.values())), "", config.data.condition)
     most = causes.most_common(1)[0][0]
     name, key, cause, detail = next(row for row in rows if row[2] == most)
-    return f"the first: {key} ({cause}{': ' if detail else ''}{detail}); {describe_samples(tars[name], cause, config.data.condition)}"
+    return f"the first: {found.printable(key)} ({cause}{': ' if detail else ''}{detail}); {describe_samples(tars[name], cause, config.data.condition)}"
 
 
 def write_skipped(path, tars, rows):
@@ -380,6 +391,14 @@ def name_inputs(sources):
     return hashlib.sha256(json.dumps(sorted(sources.items())).encode()).hexdigest()[:16]
 
 
+def read_old(path):
+    """What the clusters.safetensors of an earlier call says."""
+    try:
+        return read_description(path, CLUSTERING)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, or of another version ({error}): bring it back, or use another --run") from None
+
+
 def recorded_sources(manifests):
     """{name: SHA-256} of the tars that a partition was made of."""
     return {file[:-4]: entry["source"] for manifest in manifests for file, entry in manifest["tars"].items()}
@@ -388,7 +407,7 @@ def recorded_sources(manifests):
 def check_sources(run, tars, features, manifests, old, append, ranks):
     """UserError unless the tars have the bytes that the run was clustered from. The ranks share the work, which is little where no date has changed.
 
-    old: what common.read_clusters says; features: {name: its file}; append: look only at tars that the partition has.
+    old: what read_old says; features: {name: its file}; append: look only at tars that the partition has.
     """
     meant = recorded_sources(manifests)
     names = [name for name in tars if name in meant or not append]
@@ -446,7 +465,7 @@ def main():
     training.model_config(config, "model", space), training.model_config(config, "router", space, K)
     clusters_file = os.path.join(args.run, "clusters.safetensors")
     folders = [os.path.join(args.run, "shards", str(k)) for k in [*range(K), "router"]]
-    old = read_clusters(args.run) if os.path.exists(clusters_file) else None
+    old = read_old(clusters_file) if os.path.exists(clusters_file) else None
     if old:
         if not args.append and old.get("appended"):
             raise UserError(f"{args.run} has had tars appended, its partition is whole: only --append changes it now")
@@ -485,7 +504,7 @@ def main():
     bar = progress(desc="features", unit=" images")
     for i, name in enumerate(mine, 1):
         bar.set_postfix_str(f"tar {i} of {len(mine)}" + (" of this rank" if ranks.world > 1 else ""), refresh=False)
-        if extract(tars[name], features[name], prepare, function, info, config, bar):
+        if extract(tars[name], features[name], prepare, function, info, config, bar, again=not old or args.append):
             forget_shards(name, folders, manifests)
     bar.close()
     barrier()

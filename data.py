@@ -91,7 +91,7 @@ class Sample:
 
     def add(self, extension, place, head):
         """A member joins the sample. Of two for one role, the first of IMAGE_TYPES is taken, whatever their order."""
-        role = "image" if extension.lower() in IMAGE_TYPES else extension.lower()
+        role = role_of(extension)
         rank = lambda name: (IMAGE_TYPES.index(name.lower()) if role == "image" else 0, name != name.lower())
         if role in self.members:
             first, second = sorted((self.taken[role], extension), key=rank)
@@ -99,6 +99,15 @@ class Sample:
             if first != extension:
                 return
         self.members[role], self.heads[role], self.taken[role] = place, head, extension
+
+    def choice(self):
+        """What was taken where there was a choice, in words."""
+        other = self.others[0]
+        return f"{found.printable(self.key)}.{self.taken[role_of(other)]} is taken, not .{other}"
+
+
+def role_of(extension):
+    return "image" if extension.lower() in IMAGE_TYPES else extension.lower()
 
 
 @dataclass
@@ -146,7 +155,7 @@ def scan_tar(path, notes=None, file=None):
     if file:
         file.seek(0)
     try:
-        with tarfile.open(path, "r:", file, tarinfo=_Header) as tar:
+        with tarfile.open(path, "r:", file, encoding="utf-8", tarinfo=_Header) as tar:
             opened = True
             for member in tar:
                 tar.members = []        # tarfile would keep them all
@@ -205,17 +214,22 @@ def scan_patiently(path, notes=None):
 
 def describe_samples(path, cause, condition):
     """Words for the end of an error: what a tar holds, whose samples cannot be used because of `cause`, and the likely remedy."""
-    names = []
+    names, hidden = [], 0
     try:
-        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
+        with tarfile.open(path, "r:", encoding="utf-8", tarinfo=_Header) as tar:
             for member in itertools.islice(tar, found.MANY):
                 tar.members = []
-                if member.isfile() and (named := split_name(member.name)):
+                if named := split_name(member.name) if member.isfile() else ():
                     names.append(named)
+                hidden += named is None
     except Exception:       # as in scan_tar, whose warning says why
         pass
-    other = "" if names else found.file_format(path)
-    return f"{path} is {other}" if other else found.instead_of_samples(path, names, cause, condition)
+    if names:
+        return found.instead_of_samples(path, names, cause, condition)
+    if hidden:
+        return f"{path} holds nothing but {hidden} files whose names begin with a dot, or in folders like __MACOSX, which are no samples"
+    other = found.file_format(path)
+    return f"{path} is {other}" if other else f"{path} is a tar without files"
 
 
 # ---- the tars of --data -------------------------------------------------------------------------------------------

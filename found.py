@@ -12,10 +12,15 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 CAPTIONS = ("caption", "captions", "cap", "text", "tags", "prompt", "json")      # extensions of captions elsewhere
 MANY = 100_000          # files or members that are looked at, at most
-FORMATS = {b"\x1f\x8b": "compressed by gzip: gunzip it", b"BZh": "compressed by bzip2: bunzip2 it", b"\xfd7zXZ": "compressed by xz: unxz it",
-           b"\x28\xb5\x2f\xfd": "compressed by zstd: unzstd it", b"PK": "a zip archive: unzip it and pack a tar",
+FORMATS = {b"\x1f\x8b": "compressed by gzip: name it .tar.gz and gunzip it", b"BZh": "compressed by bzip2: name it .tar.bz2 and bunzip2 it", b"\xfd7zXZ": "compressed by xz: name it .tar.xz and unxz it",
+           b"\x28\xb5\x2f\xfd": "compressed by zstd: name it .tar.zst and unzstd it", b"PK": "a zip archive: unzip it and pack a tar",
            b"PAR1": "a parquet file", b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself (git lfs pull)",
            b"\xff\xd8\xff": "a JPEG", b"\x89PNG": "a PNG", b"{": "JSON", b"<": "a web page or XML, perhaps a server's error: download it again"}
+
+
+def printable(text):
+    """A name from somebody's tar on one line of a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def file_format(path):
@@ -67,7 +72,9 @@ def look_into(folder):
     if tars:
         deep = "" if any(os.path.dirname(path) == folder.rstrip("/") for path in tars) else "**"
         pattern = os.path.join(folder, deep, f"*{os.path.splitext(tars[0])[1]}")
-        return f"a folder; did you mean '{pattern}'?" if glob.glob(pattern, recursive=True) else f"a folder with {len(tars)} tars: name them"
+        if glob.glob(pattern, recursive=True):
+            return f"{folder} is a folder with {len(tars)} tars; did you mean '{pattern}'?"
+        return f"{folder} is a folder with {len(tars)} tars: name them"
     if not files:
         return f"{folder} is an empty folder; tar shards are wanted: README.md says how to make them"
     return f"{folder} holds {count_endings(files)}; {remedy(files) or 'tar shards are wanted: README.md says how to make them'}"
@@ -90,7 +97,7 @@ def instead_of_tars(pattern, matched):
         folder = os.path.dirname(folder)
     if folder != os.path.dirname(pattern) and not glob.has_magic(os.path.dirname(pattern)):
         return f"there is no folder {os.path.dirname(pattern)}"
-    return look_into(folder or ".")
+    return f"there is nothing of that name; {look_into(folder or '.')}"
 
 
 def _order(names):
@@ -141,10 +148,8 @@ def _likely(names, cause, condition):
 
 def instead_of_samples(path, names, cause, condition):
     """What a tar holds whose samples cannot be used because of `cause`. names: [(key, extension)] of its members, in their order."""
-    shown = [f"{key}.{extension}" if extension else key for key, extension in names[:4]]
+    shown = [printable(f"{key}.{extension}" if extension else key) for key, extension in names[:4]]
     endings = collections.Counter(f".{extension.lower()}" if extension else "without an extension" for _, extension in names)
-    holds = ", ".join(f"{n} {end}" for end, n in endings.most_common(5))
-    if not names:
-        return f"{path} holds no files"
+    holds = printable(", ".join(f"{n} {end}" for end, n in endings.most_common(5)))
     likely = _likely(names, cause, condition)
     return f"{path} begins with {', '.join(shown)} and holds {holds}" + (f"; {likely}" if likely else "")
