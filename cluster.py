@@ -10,12 +10,13 @@ writes  RUN/config.toml                the experiment: --config with the flags o
         RUN/clusters.safetensors       fine and coarse centroids, counts; its fingerprint names this clustering
         RUN/shards/K/NAME.tar          the samples of NAME.tar in cluster K, byte for byte
         RUN/shards/router/NAME.tar     a uniform subset, each sample with its KEY.cluster
-        RUN/shards/K/manifest.json     the fingerprint, and count, bytes and SHA-256 of each of its tars
+        RUN/shards/K/manifest.json     the fingerprint, and count, bytes and SHA-256 of each of its tars, and of its source
         RUN/clusters.png               some images of each cluster
         RUN/logs/cluster.skipped.csv   samples that cannot be used, if there are any
 
 As in the paper (section 4.1): features to `fine` centroids by k-means, those to K coarse ones by k-means again, each image to
-the nearest coarse centroid. Run again, it goes on where it stopped. Data and seed determine the partition, whatever the ranks.
+the nearest coarse centroid. Run again, it goes on where it stopped, and reads again what has changed. What has been clustered must not
+change: its bytes are known by their SHA-256, read anew where size or dates differ. Data and seed determine the partition, whatever the ranks.
 Memory is bounded by the k-means sample (256 images a fine centroid), the router's subset (a number each) and one tar's features.
 With [features] name = "pixels" no network is needed, and --device does not matter; networks.py has them.
 """
@@ -29,6 +30,8 @@ import itertools
 import json
 import os
 import tarfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import faiss
@@ -37,12 +40,14 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import found
 import networks
 import pretrained
 import training
-from common import (CONFIG, UserError, atomic, barrier, broadcast, differences, flat, gather, make_config, make_parser, on_rank_0, parse, progress,
-                    read_manifest, read_toml, script, start, sum_over_ranks, write_toml)
-from data import TarWriter, decode, find_tars, picture_grid, scan_tar, square, subset, usable
+from common import (CLUSTERING, CONFIG, UserError, atomic, barrier, broadcast, differences, flat, gather, make_config, make_parser, on_rank_0, parse, progress,
+                    read_description, read_manifest, read_toml, script, start, sum_over_ranks, write_text, write_toml)
+from data import (SOURCE, BadSample, Notes, Source, TarWriter, check_members, check_unchanged, decode, describe_samples, find_tars, picture_grid, read_source,
+                  scan_tar, split_name, square, subset, usable)
 from features import assign, extractor, nearest
 
 SAMPLE = 256        # images a fine centroid that k-means sees, as in faiss
@@ -50,30 +55,97 @@ SAMPLE = 256        # images a fine centroid that k-means sees, as in faiss
 
 # ---- features -----------------------------------------------------------------------------------------------------
 
-def extract(path, target, prepare, function, info, config, bar):
-    """Writes `target`: features [n,D] f16 of the usable samples of one tar, in its order, and where each sample's bytes are."""
-    identity = {"extractor": networks.identity(info), "bytes": os.path.getsize(path), "condition": config.data.condition, "classes": config.data.classes}
-    try:
-        if os.path.exists(target) and read_metadata(target)["identity"] == identity:
-            return
-    except (UserError, KeyError, TypeError):
-        pass    # damaged: made again
-    features, places, images, bad = [], [], [], []
-    for sample, _, _, image in usable(path, prepare, 256, config.data, bad):
-        if "cluster" in sample.members:
-            raise UserError(f"{path} says which cluster its samples are in: it is a shard of a run; --data takes the tars that a run is made of", local=True)
-        images.append(image)
-        places.append((sample.start, sample.end - sample.start))
-        if len(images) == 256:
-            features.append(function(images))
-            bar.update(len(images))
-            images = []
+# What a features file says of itself. skipped: [key, cause, detail, offset, length] of each sample that cannot be used; left: what else of the
+# tar is not used, {words: [how many, the first]}
+FEATURES = {"identity": dict, "source": SOURCE, "images": int, "skipped": [list], "left": {str: list}}
+
+
+def extract(path, target, prepare, function, info, config, bar, again=True):
+    """Writes `target`: features [n,D] f16 of the usable samples of one tar, in its order, where each sample's bytes are, and a checksum of its key.
+
+    A file of the same bytes, features and condition stays as it is, unless a sample that was skipped can be used now (again: look).
+    -> whether it was made.
+    """
+    identity = {"extractor": networks.identity(info), "condition": config.data.condition, "classes": config.data.classes}
+    about = current(path, target)
+    if about and about["identity"] == identity and not (again and any(is_mended(path, row, config.data) for row in about["skipped"])):
+        return False
+    features, places, images, bad, notes, several = [], [], [], [], Notes(), [0]
+    with ThreadPoolExecutor(1) as beside:
+        source = beside.submit(read_source, path)       # the digest: hashing lets go of the interpreter
+        for sample, _, _, image in usable(path, prepare, 256, config.data, bad, notes):
+            if "cluster" in sample.members:
+                raise UserError(f"{path} says which cluster its samples are in: it is a shard of a run; --data takes the tars that a run is made of", local=True)
+            images.append(image)
+            places.append((sample.start, sample.end - sample.start, checksum(sample.key)))
+            if sample.others:
+                several = [several[0] + 1, *(several[1:] or [sample.choice()])]
+            if len(images) == 256:
+                features.append(function(images))
+                bar.update(len(images))
+                images = []
+        source = source.result()
+    check_unchanged(path, source)
     features = np.concatenate(features + [function(images)]).astype(np.float16)
     bar.update(len(images))
-    offsets, lengths = np.array(places, np.int64).reshape(-1, 2).T.copy()
+    offsets, lengths, keys = np.array(places, np.int64).reshape(-1, 3).T.copy()
+    skipped = [[sample.key, error.cause, error.detail, sample.start, sample.end - sample.start] for sample, error in bad]
+    left = {"of samples with several images all but one": several, "members whose names begin with a dot, or in folders like __MACOSX": [notes.hidden],
+            "the rest of tars that are cut off or damaged": [int(bool(notes.torn)), f"{path}: {notes.torn}"]}
+    about = {"identity": identity, "source": vars(source), "images": len(features), "skipped": skipped, "left": {words: n for words, n in left.items() if n[0]}}
+    write_features(target, about, {"features": features, "offsets": offsets, "lengths": lengths, "keys": keys})
+    return True
+
+
+def checksum(key):
+    return zlib.crc32(key.encode("utf-8", "backslashreplace"))
+
+
+def write_features(target, about, tensors):
     with atomic(target) as temporary:
-        save_file({"features": features, "offsets": offsets, "lengths": lengths}, temporary,
-                  metadata={"nanoddm": json.dumps({"identity": identity, "images": len(features), "skipped": bad}, sort_keys=True)})
+        save_file(tensors, temporary, metadata={"nanoddm": json.dumps(about, sort_keys=True)})
+
+
+def current(path, target):
+    """What the features file `target` says, if it was made of the tar's bytes as they are now; None if not, if there is none, or it is damaged.
+
+    Where the tar's dates alone have changed, as in a copy, its digest is computed, once.
+    """
+    try:
+        about = read_metadata(target)
+        known = Source(**about["source"])
+    except (UserError, TypeError):
+        return None
+    if os.path.getsize(path) != known.bytes:
+        return None
+    source = read_source(path, known)
+    if source.sha256 != known.sha256:
+        return None
+    if source != known:
+        about["source"] = vars(source)
+        write_features(target, about, load_file(target))
+    return about
+
+
+def is_mended(path, row, settings):
+    """Whether a sample that was skipped can be used now: the disk works again, Pillow is another, or it is another sample."""
+    key, cause, _, offset, length = row
+    if cause.endswith("too large"):
+        return False
+    try:
+        with open(path, "rb") as file:
+            blocks = _read(file, offset, length)
+    except OSError:
+        return False
+    try:
+        sample = next(scan_tar(path, file=io.BytesIO(blocks + bytes(1024))))
+        members = {role: blocks[place:place + size] for role, (place, size) in sample.members.items()}
+        check_members(members, 256, settings)
+        return True
+    except BadSample:
+        return sample.key != key
+    except StopIteration:
+        return True
 
 
 def _read(file, offset, size):
@@ -82,9 +154,14 @@ def _read(file, offset, size):
 
 
 def read_metadata(path):
+    """What a features file says of itself (FEATURES). UserError if it is damaged, or there is none."""
     try:
+        about = read_description(path, FEATURES)
         with safe_open(path, framework="np") as f:
-            return json.loads(f.metadata()["nanoddm"])
+            shapes = {name: f.get_slice(name).get_shape() for name in ("features", "offsets", "lengths", "keys")}
+        if any(shape[0] != about["images"] for shape in shapes.values()) or any(len(row) != 5 for row in about["skipped"]):
+            raise ValueError(f"it holds other tensors than {about['images']} rows")
+        return about
     except Exception as error:      # safetensors raises its own kinds
         raise UserError(f"{path} is damaged, or none of ours ({error}): delete it to make it anew") from None
 
@@ -160,38 +237,59 @@ def describe_tar(path):
         return {"samples": sum(1 for _ in scan_tar(path)), "bytes": os.path.getsize(path), "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
 
+def first_key(blocks):
+    """The key that a sample's bytes begin with. ValueError if they are no header."""
+    try:
+        header = tarfile.TarInfo.frombuf(blocks[:512], "utf-8", "surrogateescape")
+        if not header.isreg():      # a long name, before the header itself
+            with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", encoding="utf-8") as tar:
+                header = tar.next()
+        return split_name(header.name)[0]
+    except (tarfile.TarError, AttributeError, TypeError) as error:
+        raise ValueError(str(error)) from None
+
+
 def partition(path, name, folders, manifests, features_file, clusters, for_router, config):
     """Copies the samples of one tar to the shards of their clusters, and those with the numbers for_router to the router's, too.
 
-    folders: RUN/shards/0, 1, ..., router. -> what the manifest of each is to say of its part of the tar.
+    folders: RUN/shards/0, 1, ..., router. -> what the manifest of each is to say of its part of the tar. UserError if the tar is
+    not the one that the features were made of.
     """
     targets = [os.path.join(folder, f"{name}.tar") for folder in folders]
-    source = {"source": os.path.getsize(path)}
+    source = Source(**read_metadata(features_file)["source"])
     if all(map(os.path.exists, targets)):
-        return [manifest["tars"].get(f"{name}.tar") or describe_tar(target) | source for manifest, target in zip(manifests, targets)]
+        return [manifest["tars"].get(f"{name}.tar") or describe_tar(target) | {"source": source.sha256} for manifest, target in zip(manifests, targets)]
     table, for_router = load_file(features_file), set(for_router.tolist())
     labels = assign(table["features"], name, clusters, config).tolist()
+    check_unchanged(path, source)
     with contextlib.ExitStack() as stack:       # a shard appears when it is whole
         file = stack.enter_context(open(path, "rb"))
         writers = [stack.enter_context(TarWriter(target)) for target in targets]
-        for i, (offset, length, k) in enumerate(zip(table["offsets"].tolist(), table["lengths"].tolist(), labels)):
+        rows = zip(*(table[column].tolist() for column in ("offsets", "lengths", "keys")), labels)
+        for i, (offset, length, meant, k) in enumerate(rows):
             blocks = _read(file, offset, length)
+            try:
+                key = first_key(blocks)
+            except ValueError:
+                key = None
+            if key is None or checksum(key) != meant:
+                raise UserError(f"{path} is not what {features_file} was made of: at byte {offset} is {key or 'no header'}. If the tar has been replaced, use another "
+                                f"--run; if not, delete {features_file} and run the same command again", local=True)
             writers[k].add_raw(blocks)
             if i in for_router:
-                with tarfile.open(fileobj=io.BytesIO(blocks)) as tar:
-                    folder, slash, stem = tar.next().name.rpartition("/")
                 writers[-1].add_raw(blocks)
-                writers[-1].add(f"{folder}{slash}{stem.partition('.')[0]}.cluster", str(k).encode())
+                writers[-1].add(f"{key}.cluster", str(k).encode())
+        check_unchanged(path, source)
     counts = [labels.count(k) for k in range(config.cluster.experts)] + [len(for_router)]
-    return [{"samples": n, "bytes": writer.bytes, "sha256": writer.digest.hexdigest()} | source for n, writer in zip(counts, writers)]
+    return [{"samples": n, "bytes": writer.bytes, "sha256": writer.digest.hexdigest(), "source": source.sha256} for n, writer in zip(counts, writers)]
 
 
 def write_manifests(folders, manifests, mark, parts):
     """parts: {name of a tar: what partition says of it}; they join what is in the manifests already."""
     for i, (folder, manifest) in enumerate(zip(folders, manifests)):
         tars = manifest["tars"] | {f"{name}.tar": entries[i] for name, entries in parts.items()}
-        with atomic(os.path.join(folder, "manifest.json")) as temporary, open(temporary, "w") as f:
-            json.dump({"fingerprint": mark, "shard": os.path.basename(folder), "tars": dict(sorted(tars.items()))}, f, indent=1)
+        about = {"fingerprint": mark, "shard": os.path.basename(folder), "tars": dict(sorted(tars.items()))}
+        write_text(os.path.join(folder, "manifest.json"), json.dumps(about, indent=1))
         manifest["tars"] = tars
 
 
@@ -203,25 +301,56 @@ def read_manifests(folders, mark):
     return manifests
 
 
-def check_skipped(run, names, about, most, ranks):
-    """Lists the samples that cannot be used in RUN/logs/cluster.skipped.csv. UserError if they are too many."""
-    rows = [(name, *row) for name, a in zip(names, about) for row in a.get("skipped", [])]
-    images = sum(a["images"] for a in about)
-    causes = ", ".join(f"{cause}: {n}" for cause, n in sorted(collections.Counter(cause for *_, cause in rows).items()))
+def check_skipped(run, tars, about, left, config, ranks):
+    """Lists the samples that cannot be used in RUN/logs/cluster.skipped.csv, and counts what is not used. UserError if it is too much.
+
+    tars: {name: path}; about: what the features file of each says; left: what find_tars left out.
+    """
+    rows = [(name, key, cause, detail) for name, a in zip(tars, about) for key, cause, detail, *_ in a["skipped"]]
+    images, most = sum(a["images"] for a in about), config.data.max_bad
+    causes = collections.Counter(cause for _, _, cause, _ in rows)
+    counted = ", ".join(f"{cause}: {n}" for cause, n in sorted(causes.items()))
     path = os.path.join(run, "logs", "cluster.skipped.csv")
     if ranks.rank == 0:
-        print(f"{images} images in {len(names)} tars" + (f"; {len(rows)} skipped ({path}): {causes}" if rows else ""), flush=True)
-        before = []
-        if os.path.exists(path):
-            with open(path, newline="", errors="replace") as f:
-                before = [tuple(row) for row in list(csv.reader(f))[1:] if row[0] not in names]
-        if rows or before:
-            with atomic(path) as temporary, open(temporary, "w", newline="", errors="replace") as f:
-                csv.writer(f).writerows([("tar", "sample", "cause"), *before, *rows])
-    if not images and names:
-        raise UserError(f"no usable image: {causes or 'the tars are empty'}")
+        print(f"{images} images in {len(tars)} tars" + (f"; {len(rows)} skipped ({path}): {counted}" if rows else "") + left_out(about, left), flush=True)
+        write_skipped(path, tars, rows)
+    if not images and tars:
+        raise UserError(f"no usable image: {counted}{'; ' if rows else ''}{first_skipped(tars, rows, causes, config)}{left_out([], left)}")
     if len(rows) > 10 and len(rows) > most * (images + len(rows)):
-        raise UserError(f"{len(rows)} of {images + len(rows)} samples cannot be used, more than data.max_bad = {most} of them ({causes}): see {path}, or allow more")
+        raise UserError(f"{len(rows)} of {images + len(rows)} samples cannot be used, more than data.max_bad = {most} of them ({counted}): see {path}, or allow more; "
+                        f"{first_skipped(tars, rows, causes, config)}")
+
+
+def left_out(about, left):
+    """'; left out: ...': what of --data and of its tars is not used, besides the samples that are skipped."""
+    every = collections.defaultdict(list)
+    for a in about:
+        for words, counted in a["left"].items():
+            every[words].append(counted)
+    words = [f"{words}: {sum(n for n, *_ in counted)}" + (f" ({first[0]})" if (first := counted[0][1:]) else "") for words, counted in every.items()]
+    return "; left out: " + ", ".join(words) if (words := [*left, *words]) else ""
+
+
+def first_skipped(tars, rows, causes, config):
+    """Of the most frequent cause the first sample, and what its tar holds."""
+    if not rows:
+        return describe_samples(next(iter(tars.values())), "", config.data.condition)
+    most = causes.most_common(1)[0][0]
+    name, key, cause, detail = next(row for row in rows if row[2] == most)
+    return f"the first: {found.printable(key)} ({cause}{': ' if detail else ''}{detail}); {describe_samples(tars[name], cause, config.data.condition)}"
+
+
+def write_skipped(path, tars, rows):
+    """The list of skipped samples: these, and those of other tars that are in it already."""
+    before = []
+    if os.path.exists(path):
+        with open(path, newline="", encoding="utf-8", errors="replace") as f:
+            before = [tuple(row) for row in list(csv.reader(f))[1:] if row and row[0] not in tars]
+    if not rows and not before:
+        return
+    rows = [(name, key, f"{cause}: {detail}" if detail else cause) for name, key, cause, detail in rows]
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="replace") as f:
+        csv.writer(f).writerows([("tar", "sample", "cause"), *before, *rows])
 
 
 def contact_sheet(run, counts):
@@ -257,13 +386,61 @@ def choose_config(args, given):
     return old
 
 
+def name_inputs(sources):
+    """Names the data of a run, {name: SHA-256}."""
+    return hashlib.sha256(json.dumps(sorted(sources.items())).encode()).hexdigest()[:16]
+
+
+def read_old(path):
+    """What the clusters.safetensors of an earlier call says."""
+    try:
+        return read_description(path, CLUSTERING)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, or of another version ({error}): bring it back, or use another --run") from None
+
+
+def recorded_sources(manifests):
+    """{name: SHA-256} of the tars that a partition was made of."""
+    return {file[:-4]: entry["source"] for manifest in manifests for file, entry in manifest["tars"].items()}
+
+
+def check_sources(run, tars, features, manifests, old, append, ranks):
+    """UserError unless the tars have the bytes that the run was clustered from. The ranks share the work, which is little where no date has changed.
+
+    old: what read_old says; features: {name: its file}; append: look only at tars that the partition has.
+    """
+    meant = recorded_sources(manifests)
+    names = [name for name in tars if name in meant or not append]
+    mine = {}
+    for name in names[ranks.rank::ranks.world]:
+        about = current(tars[name], features[name])
+        mine[name] = about["source"]["sha256"] if about else read_source(tars[name]).sha256
+    sources = {name: digest for part in gather(mine) for name, digest in part.items()}
+    changed = [name for name, digest in sources.items() if name in meant and digest != meant[name]]
+    if changed and append:
+        raise UserError(f"{tars[changed[0]]} is named like a tar that the partition has, but holds other bytes: it has changed, or is another one. "
+                        f"Rename it, its shards are named after it, or use another --run")
+    if append or name_inputs(sources) == old["inputs"]:
+        return
+    if not changed:     # without manifests, since the partition was interrupted
+        changed = [name for name in names if os.path.exists(features[name]) and not current(tars[name], features[name])]
+    if changed:
+        raise UserError(f"{tars[changed[0]]} has changed since {run} was clustered" + (f", and {len(changed) - 1} more" if len(changed) > 1 else "")
+                        + ": bring it back as it was, use another --run, or give what has changed another name and --append it")
+    raise UserError(f"{run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another --run, or --append to add new tars to it")
+
+
 def not_there(tars, manifests):
-    """Those of {name: path} that the partition does not have. UserError if it has another one of that name."""
-    for name, path in tars.items():
-        entry = next(filter(None, (manifest["tars"].get(f"{name}.tar") for manifest in manifests)), None)
-        if entry and entry["source"] != os.path.getsize(path):
-            raise UserError(f"{path} is named like a tar that the partition has, of {entry['source']} bytes: rename it, its shards are named after it")
+    """Those of {name: path} that the partition does not have."""
     return {name: path for name, path in tars.items() if not all(f"{name}.tar" in manifest["tars"] for manifest in manifests)}
+
+
+def forget_shards(name, folders, manifests):
+    """Removes what an interrupted call has made of a tar whose features have been made anew since."""
+    for folder, manifest in zip(folders, manifests):
+        path = os.path.join(folder, f"{name}.tar")
+        if f"{name}.tar" not in manifest["tars"] and os.path.exists(path):
+            os.remove(path)
 
 
 def main():
@@ -276,7 +453,8 @@ def main():
     parser.add_argument("--append", action="store_true", help="add these tars to a run that there is: each image to the cluster of the nearest of its frozen centroids, "
                         "in shards of their own beside the others, which are not touched")
     args, given = parse(parser)
-    tars = find_tars(args.data)
+    left = []
+    tars = find_tars(args.data, left)
     config = choose_config(args, given)
     K, c = config.cluster.experts, config.cluster
     if c.balance and c.assign != "fine":
@@ -285,17 +463,14 @@ def main():
         raise UserError(f"cluster.balance = {c.balance} must be between 1 / {K}, the share of {K} equal clusters, and 1")
     space = pretrained.Space(config)      # found out now, not after hours: can the later stages work with this config?
     training.check_config(config, space)
-    inputs = hashlib.sha256(json.dumps([(n, os.path.getsize(p)) for n, p in tars.items()]).encode()).hexdigest()[:16]
     clusters_file = os.path.join(args.run, "clusters.safetensors")
     folders = [os.path.join(args.run, "shards", str(k)) for k in [*range(K), "router"]]
-    old = read_metadata(clusters_file) if os.path.exists(clusters_file) else None
+    old = read_old(clusters_file) if os.path.exists(clusters_file) else None
     if old:
-        if not isinstance(old["extractor"], dict):
-            raise UserError(f"{clusters_file} is from an earlier version of this project, which named its features otherwise: use another --run")
-        if not args.append and old["inputs"] != inputs:
-            raise UserError(f"{args.run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another --run, or --append to add new tars to it")
         if not args.append and old.get("appended"):
             raise UserError(f"{args.run} has had tars appended, its partition is whole: only --append changes it now")
+        if not args.append and old["tars"] != len(tars):
+            raise UserError(f"{args.run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another --run, or --append to add new tars to it")
     elif args.append:
         raise UserError(f"--append adds to a run that there is, but {clusters_file} is missing: leave --append out")
     elif glob.glob(os.path.join(glob.escape(args.run), "shards", "*", "*.tar")):
@@ -304,7 +479,6 @@ def main():
     if args.append:
         if lacking := [folder for folder, manifest in zip(folders, manifests) if not manifest["tars"]]:
             raise UserError(f"{lacking[0]} has no manifest: --append needs the whole partition, as cluster.py left it")
-        tars = not_there(tars, manifests)       # an --append that was interrupted goes on with the rest
 
     ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
     if ranks.rank == 0:
@@ -312,26 +486,35 @@ def main():
             for path in glob.glob(os.path.join(glob.escape(args.run), pattern)):
                 os.remove(path)
     barrier()
-    meant = old.get("networks") if old else space.info      # by the later stages, which use no others
+    meant = old["networks"] if old else space.info      # by the later stages, which use no others
     if not old:
         on_rank_0(space.name_weights)
     prepare, function, info = extractor(config.features, ranks.device)
     if old and networks.identity(old["extractor"]) != networks.identity(info):
         raise UserError(f"{clusters_file} was made with features of {networks.label(old['extractor'])}, now they would be of {networks.label(info)}: "
                         f"give that network (and --features.precision), or use another --run")
+    features = {name: os.path.join(args.run, "features", f"{name}.safetensors") for name in tars}
+    if old:
+        check_sources(args.run, tars, features, manifests, old, args.append, ranks)
+    all_tars = tars
+    if args.append:
+        tars = not_there(tars, manifests)       # an --append that was interrupted goes on with the rest
     names = list(tars)
     mine = dict.fromkeys(names[ranks.rank::ranks.world])
-    features = {name: os.path.join(args.run, "features", f"{name}.safetensors") for name in names}
     bar = progress(desc="features", unit=" images")
     for i, name in enumerate(mine, 1):
         bar.set_postfix_str(f"tar {i} of {len(mine)}" + (" of this rank" if ranks.world > 1 else ""), refresh=False)
-        extract(tars[name], features[name], prepare, function, info, config, bar)
+        if extract(tars[name], features[name], prepare, function, info, config, bar, again=not old or args.append):
+            forget_shards(name, folders, manifests)
     bar.close()
     barrier()
 
     about = [read_metadata(features[name]) for name in names]
     counts = [a["images"] for a in about]
-    check_skipped(args.run, names, about, config.data.max_bad, ranks)
+    check_skipped(args.run, tars, about, left, config, ranks)
+    sources = {name: a["source"]["sha256"] for name, a in zip(names, about)}
+    # what is appended is named by all that was given, whether it is there already or not
+    inputs = name_inputs(sources | {name: source for name, source in recorded_sources(manifests).items() if name in all_tars})
     if old:
         clusters = load_file(clusters_file)
         clusters.pop("counts")

@@ -508,7 +508,7 @@ def load_run(run, given, stage="", path=""):
 NETWORK = {"name": str}         # what an artifact says of a network, at the least
 CLUSTERING = {"fingerprint": str, "extractor": NETWORK, "seed": int, "assign": str, "inputs": str, "tars": int,
               "networks": {"autoencoder": NETWORK, "text": NETWORK}}
-MANIFEST = {"fingerprint": str, "tars": {str: {"samples": int, "bytes": int, "sha256": str}}}
+MANIFEST = {"fingerprint": str, "tars": {str: {"samples": int, "bytes": int, "sha256": str, "source": str}}}
 
 
 def read_description(path, shape):

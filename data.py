@@ -5,6 +5,7 @@
 
 A shard is a tar as img2dataset writes it: the members of one sample stand together and share the name up to the first dot,
 KEY.jpg|png|webp, KEY.txt (caption), KEY.json, KEY.cls (class number); pretrained.py's have KEY.lat (latents) instead of the picture.
+Of several images of one key the first of IMAGE_TYPES is taken; names that begin with a dot are no samples.
 TarDataset indexes each tar once (offsets, kept beside it as NAME.tar.idx, memory-mapped) and then reads any sample by its position, so that
 
     position -> sample       is a stateless shuffle: every sample once an epoch, over any number of ranks and workers,
@@ -21,31 +22,43 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import json
 import math
 import os
 import re
 import sys
+import struct
 import tarfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from common import UserError, atomic, cores, make_parser, parse, progress, script
+import found
+from common import UserError, atomic, cores, decode_text, gather, make_parser, parse, progress, read_json, script, write_text
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp")
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp")     # of several images of one key the first of these is taken
+LEFTOVERS = ("__MACOSX", ".AppleDouble", "@eaDir", ".ipynb_checkpoints")       # folders that systems leave in a tar
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")      # whatever the name says; not EPS, for which Pillow starts Ghostscript
 ROLES = ("image", "txt", "cls", "cluster", "lat", "tok")        # the members of a sample that training reads
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 RETRY = (1, 5, 30)      # seconds until a failed read is tried again
 LIMITS = {"image": 1 << 28, "txt": 1 << 20, "cls": 64, "cluster": 64}      # bytes of a member, looked at before it is read; of others 1 GB
 
 
+STALE = "not what the tar's index says (the tar was replaced: delete its .idx)"
+
+
 class BadSample(Exception):
-    """A sample that cannot be used; the message is the cause."""
+    """A sample that cannot be used. cause: one of a few, by which they are counted; detail: what else is known of this one."""
+
+    def __init__(self, cause, detail=""):
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+        self.cause, self.detail = cause, detail
 
 
 def read_patiently(read):
@@ -61,7 +74,9 @@ def read_patiently(read):
 
 def check_size(role, size):
     if size > LIMITS.get(role, 1 << 30):
-        raise BadSample(f"{role} too large")
+        raise BadSample(f"{role} too large", f"{size} bytes")
+    if size < 0:
+        raise BadSample(STALE)
 
 
 # ---- tars ---------------------------------------------------------------------------------------------------------
@@ -72,6 +87,47 @@ class Sample:
     start: int                                      # its members' bytes in the tar, headers and padding included
     end: int = 0
     members: dict = field(default_factory=dict)     # role or extension -> (offset, size) of the payload
+    heads: dict = field(default_factory=dict)       # the same -> CRC-32 of the block before the payload, which names and sizes it
+    taken: dict = field(default_factory=dict)       # the same -> the extension as it is written
+    others: list = field(default_factory=list)      # extensions that are left out: a second image
+
+    def add(self, extension, place, head):
+        """A member joins the sample. Of two for one role, the first of IMAGE_TYPES is taken, whatever their order."""
+        role = role_of(extension)
+        rank = lambda name: (IMAGE_TYPES.index(name.lower()) if role == "image" else 0, name != name.lower())
+        if role in self.members:
+            first, second = sorted((self.taken[role], extension), key=rank)
+            self.others.append(second)
+            if first != extension:
+                return
+        self.members[role], self.heads[role], self.taken[role] = place, head, extension
+
+    def choice(self):
+        """What was taken where there was a choice, in words."""
+        other = self.others[0]
+        return f"{found.printable(self.key)}.{self.taken[role_of(other)]} is taken, not .{other}"
+
+
+def role_of(extension):
+    return "image" if extension.lower() in IMAGE_TYPES else extension.lower()
+
+
+@dataclass
+class Notes:
+    """What scan_tar leaves out of a tar."""
+    hidden: int = 0         # members whose names begin with a dot, and the like
+    torn: str = ""          # why the tar ends early
+
+
+def split_name(name):
+    """A member's name -> (key, extension), the key up to the first dot of the base name. None for what systems leave in a tar: ._NAME, .DS_Store, __MACOSX/."""
+    while name.startswith("./"):
+        name = name[2:]
+    folder, base = os.path.split(name)
+    if base.startswith(".") or not set(LEFTOVERS).isdisjoint(folder.split("/")):
+        return None
+    stem, _, extension = base.partition(".")
+    return os.path.join(folder, stem), extension
 
 
 class _Header(tarfile.TarInfo):
@@ -82,25 +138,38 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError("a header is too long")
         return super()._proc_member(tar)
 
+    @classmethod
+    def frombuf(cls, block, encoding, errors):
+        header = super().frombuf(block, encoding, errors)
+        header.crc = zlib.crc32(block)
+        return header
 
-def scan_tar(path):
+
+def scan_tar(path, notes=None, file=None):
     """Yields the Samples of a tar in its order, reading headers only. A tar that is cut short, or damaged, gives its whole samples before that and a warning.
 
-    A second member of the same name begins another sample. Nothing is ever extracted: names are names, not paths.
+    A second member of the same name begins another sample. Nothing is ever extracted: names are names, not paths. notes: a Notes to
+    be filled; file: the tar's bytes, open, where they are not at `path`. OSError where the file system fails.
     """
-    sample, torn, names = None, "it does not end as a tar does", set()
-    size = os.path.getsize(path)
+    sample, torn, names, opened = None, "it does not end as a tar does", set(), False
+    notes = notes if notes is not None else Notes()
+    size = file.seek(0, os.SEEK_END) if file else os.path.getsize(path)
+    if file:
+        file.seek(0)
     try:
-        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
+        with tarfile.open(path, "r:", file, encoding="utf-8", tarinfo=_Header) as tar:
+            opened = True
             for member in tar:
                 tar.members = []        # tarfile would keep them all
                 if member.size < 0 or tar.offset <= member.offset:      # it would read in circles
                     raise tarfile.ReadError("a member has an impossible size")
                 if not member.isfile() or member.issparse():        # of a sparse file the tar holds other bytes than its size says
                     continue
-                folder, name = os.path.split(member.name)
-                stem, _, extension = name.partition(".")
-                key, extension = os.path.join(folder, stem), extension.lower()
+                named = split_name(member.name)
+                if named is None:
+                    notes.hidden += 1
+                    continue
+                key, extension = named
                 if sample is None or sample.key != key or extension in names:
                     if sample is not None:
                         yield sample
@@ -108,7 +177,7 @@ def scan_tar(path):
                 names.add(extension)
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("a member is cut off")
-                sample.members["image" if extension in IMAGE_TYPES else extension] = (member.offset_data, member.size)
+                sample.add(extension, (member.offset_data, member.size), member.crc)
                 sample.end = member.offset_data + -(-member.size // 512) * 512
             tar.fileobj.seek(tar.offset)
             rest = tar.fileobj.read(1 << 20)        # nothing but empty blocks: a hole, or another tar, would end it, too
@@ -119,24 +188,166 @@ def scan_tar(path):
     except Exception as error:      # tarfile raises more than its own kinds on a hostile header
         torn = str(error) or type(error).__name__
     if torn:    # the last sample may lack members: not whole
-        print(f"warning: {path}: {torn}; its whole samples are used", file=sys.stderr)
+        other = "" if opened or file else found.file_format(path)
+        notes.torn = f"it is no tar, but {other}" if other else torn if opened else f"it is no tar ({torn})"
+        print(f"warning: {path}: {notes.torn}" + ("; its whole samples are used" if opened else ""), file=sys.stderr)
     elif sample is not None:
         yield sample
 
 
-def find_tars(patterns):
-    """{name: path} of the tars that the patterns match, sorted by name."""
-    tars = {}
-    for path in sorted({p for pattern in patterns for p in glob.glob(os.path.expanduser(pattern)) if p.endswith(".tar")}):
-        name = os.path.basename(path)[:-4]
-        if name in tars:
-            raise UserError(f"two tars are named {name}.tar: {tars[name]} and {path}; shards are named after them, so rename one")
-        tars[name] = path
-    if not tars:
-        folder = next((pattern for pattern in patterns if os.path.isdir(os.path.expanduser(pattern))), None)
-        raise UserError(f"no tar matches --data {' '.join(patterns)}" + (f": a folder; did you mean '{os.path.join(folder, '*.tar')}'?" if folder else ""))
-    return dict(sorted(tars.items()))
+def scan_patiently(path, notes=None):
+    """scan_tar for a file system that fails for a while: goes on where it was. UserError if it stays so."""
+    done, waits = 0, iter(RETRY)
+    while True:
+        try:
+            if notes is not None:
+                notes.hidden = 0        # counted anew
+            for sample in itertools.islice(scan_tar(path, notes), done, None):
+                done += 1
+                yield sample
+            return
+        except OSError as error:
+            wait = next(waits, None)
+            if wait is None:
+                raise UserError(f"cannot read {path}: {error.strerror or error}: look at the disk or the network file system, then run the same command again",
+                                local=True) from None
+            time.sleep(wait)
 
+
+def describe_samples(path, cause, condition):
+    """Words for the end of an error: what a tar holds, whose samples cannot be used because of `cause`, and the likely remedy."""
+    names, hidden = [], 0
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8", tarinfo=_Header) as tar:
+            for member in itertools.islice(tar, found.MANY):
+                tar.members = []
+                if named := split_name(member.name) if member.isfile() else ():
+                    names.append(named)
+                hidden += named is None
+    except Exception:       # as in scan_tar, whose warning says why
+        pass
+    if names:
+        return found.instead_of_samples(path, names, cause, condition)
+    if hidden:
+        return f"{path} holds nothing but {hidden} files whose names begin with a dot, or in folders like __MACOSX, which are no samples"
+    other = found.file_format(path)
+    return f"{path} is {other}" if other else f"{path} is a tar without files"
+
+
+# ---- the tars of --data -------------------------------------------------------------------------------------------
+
+def _match(pattern):
+    """The paths that one pattern of --data stands for: itself, if there is such a path, else as a glob in which ** is any depth."""
+    path = os.path.expanduser(pattern)
+    if os.path.lexists(path):
+        return [path]
+    return [] if re.match(r"[a-z][a-z0-9+.-]*://", path) else sorted(glob.glob(path, recursive=True))
+
+
+def _check_tar(path):
+    """UserError unless `path` is a file that can be read."""
+    try:
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder, though its name ends in .tar: rename it, or leave it out of --data")
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: mend the link, or leave it out of --data") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}: change that, or leave it out of --data") from None
+
+
+def find_tars(patterns, left=None):
+    """{name: path} of the tars that the patterns match, sorted by name. left: a list, to which what is no tar joins in words.
+
+    UserError if a pattern matches no tar, if one cannot be read, or two have the same name. A tar that is found twice counts once.
+    """
+    patterns, tars, others, same, names = [str(pattern) for pattern in patterns], {}, {}, 0, {}
+    for pattern in patterns:
+        matched = _match(pattern)
+        if not matched:
+            raise UserError(f"no tar matches --data {pattern}: {found.instead_of_tars(os.path.expanduser(pattern), [])}")
+        tars |= dict.fromkeys(path for path in matched if path.lower().endswith(".tar"))
+        others |= dict.fromkeys(path for path in matched if not path.lower().endswith((".tar", ".tar.idx")))
+    if not tars:
+        shown = " ".join(patterns[:3]) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
+        raise UserError(f"no tar matches --data {shown}: {found.instead_of_tars(patterns[0], list(others))}")
+    files = set()
+    for path in sorted(tars, key=lambda path: (os.path.islink(path), path)):
+        _check_tar(path)
+        if (file := os.path.realpath(path)) in files:       # by another link or pattern
+            same += os.path.islink(path)
+            continue
+        files.add(file)
+        name = os.path.basename(path)[:-4]
+        if name in names:
+            raise UserError(f"two tars are named {name}.tar: {names[name]} and {path}; shards are named after them, so rename one")
+        names[name] = path
+    if left is not None and others:
+        left.append(f"{found.count_endings(others)} ({next(iter(others))} the first" + (f"; {words})" if (words := found.remedy(list(others))) else ")"))
+    if left is not None and same:
+        left.append(f"{same} links to tars that are there already")
+    return dict(sorted(names.items()))
+
+
+# ---- which bytes a tar has ----------------------------------------------------------------------------------------
+
+SOURCE = {"bytes": int, "mtime_ns": int, "ctime_ns": int, "sha256": str}       # a Source in JSON
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which bytes a tar has: the digest. Size and dates, of contents and of inode, say when it need not be computed again."""
+    bytes: int
+    mtime_ns: int
+    ctime_ns: int       # nothing sets it back: it tells of a tar that was replaced by one of the same size and date (cp -p, rsync -t)
+    sha256: str
+
+
+def is_unchanged(path, source):
+    """Whether a file has the size and the dates of a Source."""
+    stat = os.stat(path)
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) == (source.bytes, source.mtime_ns, source.ctime_ns)
+
+
+def read_source(path, known=None):
+    """The Source of a file as it is now: `known`, where size and dates are its; else all of it is read. UserError if it cannot be read, or changes meanwhile."""
+    def read():
+        with open(path, "rb") as f:
+            stat = os.fstat(f.fileno())
+            return Source(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, hashlib.file_digest(f, "sha256").hexdigest())
+
+    if known is not None and is_unchanged(path, known):
+        return known
+    try:
+        source = read_patiently(read)
+    except BadSample as error:
+        raise UserError(f"{path} is {error}", local=True) from None
+    check_unchanged(path, source)
+    return source
+
+
+def check_unchanged(path, source):
+    """UserError if a tar is not as it was when its Source was read."""
+    if not is_unchanged(path, source):
+        raise UserError(f"{path} has changed while it was being read: run the same command again when it is complete", local=True)
+
+
+def read_sources(paths, file, ranks):
+    """[Source] of tars. The ranks share the work; what is known is kept in the JSON `file`."""
+    try:
+        known = {path: Source(**entry) for path, entry in read_json(file, {str: SOURCE}).items()}
+    except (OSError, ValueError, TypeError):
+        known = {}      # made anew
+    names = [os.path.abspath(path) for path in paths]
+    mine = {name: read_source(name, known.get(name)) for name in names[ranks.rank::ranks.world]}
+    every = {name: source for part in gather(mine) for name, source in part.items()}
+    if ranks.rank == 0 and any(known.get(name) != source for name, source in every.items()):
+        write_text(file, json.dumps({name: vars(source) for name, source in sorted((known | every).items())}, indent=1))
+    return [every[name] for name in names]
+
+
+# ---- writing and indexing -----------------------------------------------------------------------------------------
 
 class TarWriter:
     """Writes a tar beside its place and renames it there on a clean exit. Members are written as they are: no times, no owners."""
@@ -169,12 +380,24 @@ class TarWriter:
         self._write(blocks + bytes(-len(blocks) % 512))
 
 
+def _row(sample):
+    """What the index says of a Sample."""
+    places = [x for role in ROLES for x in sample.members.get(role, (-1, -1))]
+    return [*places, functools.reduce(_chain, (sample.heads[role] for role in ROLES if role in sample.heads), 0)]
+
+
+def _chain(check, crc):
+    """Joins the CRC-32 of one header to those of the headers before it."""
+    return (31 * check + crc) & 0xFFFFFFFF
+
+
 def index_tar(path, mapped=True):
-    """[n, 2 * len(ROLES)] int64: offset and size of each sample's members, in the order of ROLES; -1 where there is none.
+    """[n, 2 * len(ROLES) + 1] int64: offset and size of each sample's members, in the order of ROLES, -1 where there is none; and a checksum
+    of their headers, which every read compares.
 
     Made once and kept beside the tar, as long as the tar's size and date stay. mapped: memory-mapped, so that all ranks share it.
     """
-    stat, file, width = os.stat(path), f"{path}.idx", 2 * len(ROLES)
+    stat, file, width = os.stat(path), f"{path}.idx", 2 * len(ROLES) + 1
     head = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns] + [0] * (width - 3), np.int64)
     if os.path.exists(file) and (rows := os.path.getsize(file) // (8 * width)):
         # torch maps a file without keeping it open: a run may have more tars than a process may have open files
@@ -183,7 +406,7 @@ def index_tar(path, mapped=True):
         if np.array_equal(table[0], head):
             return table[1:]
     try:
-        rows = read_patiently(lambda: [[x for role in ROLES for x in s.members.get(role, (-1, -1))] for s in scan_tar(path)])
+        rows = read_patiently(lambda: [_row(sample) for sample in scan_tar(path)])
     except BadSample as error:
         raise UserError(f"{path} is {error}", local=True) from None
     table = np.array(rows, np.int64).reshape(-1, width)
@@ -197,26 +420,76 @@ def index_tar(path, mapped=True):
 
 # ---- images -------------------------------------------------------------------------------------------------------
 
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}       # by EXIF's orientation
+
+
 def decode(payload, least=0):
     """Bytes of a picture -> PIL image, RGB, upright, transparency on white. BadSample if it cannot be decoded.
 
-    least: a JPEG may be decoded at a fraction of its size, as long as its sides stay this long.
+    least: a JPEG may be decoded at a fraction of its size, as long as its sides stay this long. Metadata that Pillow refuses (too
+    large, damaged) costs no picture.
     """
     try:
-        image = Image.open(io.BytesIO(payload), formats=FORMATS)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow would only warn, up to twice as many
-            raise Image.DecompressionBombError
-        if least:
-            image.draft("RGB", (least, least))
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):      # 16 bits, which Pillow would cut off at 255
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return _decode(payload, least)
     except Exception as error:      # Pillow's decoders raise whatever they like
-        raise BadSample(f"undecodable ({type(error).__name__})") from None
+        cause = f"undecodable ({type(error).__name__})"
+        words = re.sub(r" ?<.*>", "", " ".join(str(error).split()))[:200]
+    bare = _without_metadata(payload)
+    if bare == payload:
+        raise BadSample(cause, words)
+    try:
+        return _decode(bare, least)
+    except Exception:
+        raise BadSample(cause, words) from None
+
+
+def _decode(payload, least):
+    image = Image.open(io.BytesIO(payload), formats=FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow would only warn, up to twice as many
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    if least:
+        image.draft("RGB", (least, least))
+    image.load()
+    try:
+        turn = UPRIGHT.get(image.getexif().get(0x0112))
+    except Exception:       # EXIF that cannot be read says nothing of an orientation
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I"):      # 16 bits, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _without_metadata(payload):
+    """A PNG or JPEG without what its pixels do not need: texts, colour profile, thumbnails. The orientation stays, where it is intact."""
+    kept, at = [], 0
+    try:
+        if payload.startswith(b"\x89PNG"):
+            at = 8
+            while at < len(payload):
+                length, kind = struct.unpack_from(">I4s", payload, at)
+                chunk = payload[at:at + 12 + length]
+                intact = len(chunk) == 12 + length and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+                if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") and intact:     # capitals: what every decoder needs
+                    kept.append(chunk)
+                at += 12 + length
+            return payload[:8] + b"".join(kept)
+        if payload.startswith(b"\xff\xd8\xff"):
+            at = 2
+            while payload[at] == 0xFF and payload[at + 1] != 0xDA:      # until the pixels begin
+                kind, length = struct.unpack_from(">xBH", payload, at)
+                if kind not in range(0xE1, 0xEE) and kind != 0xFE or payload[at + 4:at + 10] == b"Exif\0\0":
+                    kept.append(payload[at:at + 2 + length])
+                at += 2 + length
+            return payload[:2] + b"".join(kept) + payload[at:]
+    except (struct.error, IndexError):
+        pass
+    return payload
 
 
 def square(image, size, where=(0.5, 0.5), mirror=False):
@@ -230,51 +503,65 @@ def square(image, size, where=(0.5, 0.5), mirror=False):
 def check_condition(members, condition, classes=0):
     """The condition of a sample from its members {role: bytes}: None, a class number or a caption. BadSample if it is missing."""
     if condition == "class":
+        if not members.get("cls", b"").strip():
+            raise BadSample("no class")
         try:
-            label = int(members.get("cls", b""))
+            text = decode_text(members["cls"]).strip()
+            label = int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else None
         except ValueError:
-            raise BadSample("no class") from None
+            text, label = repr(members["cls"])[2:-1], None
+        if label is None:
+            raise BadSample("class is no number", f"KEY.cls is {text[:40]!r}")
         if not 0 <= label < classes:
-            raise BadSample(f"class outside data.classes = {classes}")
+            raise BadSample(f"class outside data.classes = {classes}", f"KEY.cls is {label}")
         return label
     if condition == "text":
-        caption = members.get("txt", b"").decode(errors="replace").strip()
+        try:
+            caption = decode_text(members.get("txt", b"")).strip()
+        except ValueError as error:
+            raise BadSample("caption is not UTF-8", str(error)) from None
         if not re.search(r"\w", caption):
             raise BadSample("no caption")       # without a word it would stand for no condition
         return caption
     return None
 
 
-def usable(path, prepare, least, settings, bad):
-    """Yields (Sample, {extension: payload}, condition, prepare(image)) of a tar's usable samples, in its order; appends (key, cause) of the others to bad.
+def check_members(members, least, settings):
+    """-> (condition, PIL image) of a sample's members {role: bytes}. BadSample if it cannot be used. least: as in decode; settings: the config's [data]."""
+    condition = check_condition(members, settings.condition, settings.classes)
+    if "image" not in members:
+        raise BadSample("no image")
+    return condition, decode(members["image"], least)
 
-    Threads decode ahead: Pillow lets go of the interpreter meanwhile. least: as in decode; settings: the config's [data].
+
+def usable(path, prepare, least, settings, bad, notes=None):
+    """Yields (Sample, {extension: payload}, condition, prepare(image)) of a tar's usable samples, in its order; appends (Sample, BadSample) of the others to bad.
+
+    Threads decode ahead: Pillow lets go of the interpreter meanwhile. least, settings: as in check_members; notes: as in scan_tar.
     """
     def read(sample):
         try:
             for role, (_, size) in sample.members.items():
                 check_size(role, size)
             members = {role: read_patiently(lambda: os.pread(fd, size, offset)) for role, (offset, size) in sample.members.items()}
-            condition = check_condition(members, settings.condition, settings.classes)
-            if "image" not in members:
-                raise BadSample("no image")
-            return sample, members, condition, prepare(decode(members["image"], least))
+            condition, image = check_members(members, least, settings)
+            return sample, members, condition, prepare(image)
         except BadSample as error:
-            return sample.key, str(error)
+            return sample, error
 
     threads = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    fd, samples, ahead = os.open(path, os.O_RDONLY), scan_tar(path), collections.deque()
+    fd, samples, ahead = os.open(path, os.O_RDONLY), scan_patiently(path, notes), collections.deque()
     try:
         with ThreadPoolExecutor(threads) as pool:
             while True:
                 ahead.extend(pool.submit(read, sample) for sample in itertools.islice(samples, 256 - len(ahead)))
                 if not ahead:
                     return
-                found = ahead.popleft().result()
-                if len(found) == 2:
-                    bad.append(found)
+                result = ahead.popleft().result()
+                if len(result) == 2:
+                    bad.append(result)
                 else:
-                    yield found
+                    yield result
     finally:
         os.close(fd)
 
@@ -406,20 +693,28 @@ class TarDataset(torch.utils.data.Dataset):
     def name(self, number):
         """The name of sample `number` as its tar has it, for reports; empty where it cannot be read."""
         tar = bisect.bisect_right(self.ends, number)
-        offsets = [place for place in self.index[tar][number - (self.ends[tar - 1] if tar else 0)][::2].tolist() if place >= 0]
+        offsets = [place for place in self.index[tar][number - (self.ends[tar - 1] if tar else 0)][:-1:2].tolist() if place >= 0]
         try:
-            folder, name = os.path.split(tarfile.TarInfo.frombuf(self._read(tar, min(offsets) - 512, 512), "utf-8", "replace").name)
-            return os.path.join(folder, name.partition(".")[0])
-        except (BadSample, tarfile.TarError, ValueError):
+            return split_name(tarfile.TarInfo.frombuf(self._read(tar, min(offsets) - 512, 512), "utf-8", "replace").name)[0]
+        except (BadSample, tarfile.TarError, ValueError, TypeError):
             return ""
 
     def members(self, number):
-        """The payloads of sample `number`: {role: bytes}."""
+        """The payloads of sample `number`: {role: bytes}. BadSample if the headers before them are not those that were indexed."""
         tar = bisect.bisect_right(self.ends, number)
-        row = self.index[tar][number - (self.ends[tar - 1] if tar else 0)].reshape(-1, 2).tolist()
-        for role, (_, size) in zip(ROLES, row):
+        *row, wanted = self.index[tar][number - (self.ends[tar - 1] if tar else 0)].tolist()
+        places = {role: (row[2 * i], row[2 * i + 1]) for i, role in enumerate(ROLES) if row[2 * i] >= 0}
+        for role, (offset, size) in places.items():
             check_size(role, size)
-        return {role: self._read(tar, *place) for role, place in zip(ROLES, row) if place[0] >= 0}
+            if offset < 512:
+                raise BadSample(STALE)
+        members, check = {}, 0
+        for role, (offset, size) in places.items():
+            blocks = self._read(tar, offset - 512, size + 512)      # with the header
+            members[role], check = blocks[512:], _chain(check, zlib.crc32(blocks[:512]))
+        if check != wanted:
+            raise BadSample(STALE)
+        return members
 
     def sample(self, number):
         """-> (PIL image or latents [flips,1 or 2,C,H,W] f16, condition, cluster) of sample `number`. BadSample if it cannot be used."""

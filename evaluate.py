@@ -28,7 +28,7 @@ import flow
 import networks
 from common import (UserError, atomic, collect, gather, load_run, make_config, make_parser, on_rank_0, parse, progress, read_clusters, script, start,
                     sum_over_ranks, try_file, try_folder, write_text)
-from data import check_condition, find_tars, mix, permute, square, subset
+from data import check_condition, find_tars, mix, permute, read_sources, square, subset
 from ensemble import DENSE, Ensemble, beginnings, check_settings, check_strategy, open_space
 from features import KEPT, cluster_space, distance_space, open_reference, read_pictures, read_reference
 from metrics import Statistics, frechet_distance, precision_recall, router_quality
@@ -377,8 +377,6 @@ def read_arguments():
 def main():
     args, given = read_arguments()
     tars = find_tars(args.data)
-    mark = hashlib.sha256(json.dumps([(name, os.path.getsize(path)) for name, path in tars.items()]).encode()).hexdigest()[:8]
-    args.reference = f"{len(tars)} tars {mark}" if len(tars) > 1 else f"{next(iter(tars))}.tar {mark}"
     ranks = start(args.device, timeout=timedelta(hours=12))     # one rank may have much more to read
     opened = [] if args.images else [open_run(run, args, given, ranks) for run in [args.run, *args.runs]]
     usual = make_config({"features.name": "pixels"}).features if args.images else opened[0].config.features     # of several runs the first's
@@ -408,6 +406,9 @@ def main():
             write_text(f"{name}.md", text.encode(errors="backslashreplace").decode())
 
     on_rank_0(try_output)
+    sources = read_sources(tars.values(), os.path.join(folder, "sources.json"), ranks)
+    mark = hashlib.sha256(json.dumps([(name, source.sha256) for name, source in zip(tars, sources)]).encode()).hexdigest()[:8]
+    args.reference = f"{len(tars)} tars {mark}" if len(tars) > 1 else f"{next(iter(tars))}.tar {mark}"
     if args.images:
         evaluate_images(args, spaces, ranks, save)
     for run in opened:

@@ -1,7 +1,9 @@
 """What pictures are compared by: feature spaces, the clusters of pictures, a reference set's statistics. For cluster.py and evaluate.py."""
+import collections
 import hashlib
 import json
 import os
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import networks
 from common import UserError, atomic, cores, gather, local_world, progress, sum_over_ranks
-from data import BadSample, TarDataset, check_condition, decode, find_tars, mix, permute, square, to_tensor
+from data import BadSample, TarDataset, check_condition, decode, describe_samples, find_tars, mix, permute, read_sources, square, to_tensor
 from metrics import Statistics
 
 PIXELS = "square roots of a 4x4x4 RGB histogram, and an 8x8 thumbnail"
@@ -89,7 +91,7 @@ def cluster_space(run, config, about, device):
 # ---- a reference set ----------------------------------------------------------------------------------------------
 
 class _Prepared(torch.utils.data.Dataset):
-    """Picture number `numbers[i]` as spaces and clusters want it -> (number, [of each space], of the clusters, of the clusters from the square), or its number alone.
+    """Picture number `numbers[i]` as spaces and clusters want it -> (number, [of each space], of the clusters, of the clusters from the square), or (number, BadSample).
 
     Spaces see the square that models train on, as they see samples; the clusters the picture itself, as stage 1 did, and that square.
     """
@@ -109,8 +111,8 @@ class _Prepared(torch.utils.data.Dataset):
                 raise BadSample("no image")
             image = decode(members["image"], max(256, size))
             original = image if size <= 256 else decode(members["image"], 256)
-        except BadSample:
-            return (number,)
+        except BadSample as error:
+            return number, error.cause
         picture = Image.fromarray(square(image, size))
         of_clusters = (self.clusters.prepare(original), self.clusters.prepare(picture)) if self.clusters else (None, None)
         return number, [space.prepare(picture) for space in self.spaces], *of_clusters
@@ -119,10 +121,11 @@ class _Prepared(torch.utils.data.Dataset):
 def read_reference(data, spaces, clusters, folder, batch, ranks):
     """-> ([{mean, covariance, kept, count} of each space], clusters [2,n] int64 of the pictures and of their training squares: -1 where a picture cannot be used).
 
-    Without `clusters` (a cluster_space) they are 0. Cached in `folder` by what they depend on: tars, size, condition; network; clustering.
-    UserError if no picture can be used.
+    Without `clusters` (a cluster_space) they are 0. Cached in `folder` by what they depend on: the tars' bytes, size, condition; network;
+    clustering. Says how many pictures are left out. UserError if none can be used.
     """
-    tars = [(os.path.basename(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in data.tars]
+    sources = read_sources(data.tars, os.path.join(folder, "sources.json"), ranks)
+    tars = [(os.path.basename(path), source.sha256) for path, source in zip(data.tars, sources)]
     base = {"tars": tars, "size": data.size, "condition": data.condition, "classes": data.classes}
     wanted = [{**base, "features": networks.identity(space.info), "kept": KEPT} for space in spaces]
     wanted.append({**base, "clustering": clusters and [clusters.fingerprint, networks.identity(clusters.info)]})
@@ -135,10 +138,11 @@ def read_reference(data, spaces, clusters, folder, batch, ranks):
         mine, workers = list(range(ranks.rank, len(data), ranks.world)), max(0, min(8, cores() // local_world() - 1))
         loader = torch.utils.data.DataLoader(_Prepared(data, mine, spaces, clusters), batch, num_workers=workers, collate_fn=list,
                                              multiprocessing_context="fork" if workers else None)
-        bar = progress(desc="reference", total=len(mine), unit=" images")
+        bar, causes = progress(desc="reference", total=len(mine), unit=" images"), collections.Counter()
         for items in loader:
             bar.update(len(items))
-            if items := [item for item in items if len(item) > 1]:
+            causes.update(item[1] for item in items if len(item) == 2)
+            if items := [item for item in items if len(item) > 2]:
                 numbers, prepared, *of_clusters = zip(*items)
                 for space, s, pictures in zip(spaces, statistics, zip(*prepared)):
                     s.add(numbers, space.features(list(pictures)))
@@ -146,8 +150,14 @@ def read_reference(data, spaces, clusters, folder, batch, ranks):
                     row[list(numbers)] = clusters.assign(list(pictures)) if clusters else 0
         bar.close()
         labels = sum_over_ranks(labels + 1) - 1
+        causes = sum(gather(causes), collections.Counter())
+        counted = ", ".join(f"{cause}: {n}" for cause, n in sorted(causes.items()))
         if not (labels >= 0).any():
-            raise UserError(f"none of the {len(data)} pictures of --data can be used with condition = {data.condition}")
+            most = causes.most_common(1)[0][0] if causes else ""
+            raise UserError(f"none of the {len(data)} pictures of --data can be used with condition = {data.condition} ({counted}); "
+                            f"{describe_samples(data.tars[0], most, data.condition)}")
+        if causes and ranks.rank == 0:
+            print(f"warning: {causes.total()} of {len(data)} pictures of --data are left out: {counted}", file=sys.stderr, flush=True)
         tensors = dict(zip(missing, [s.close() for s in statistics])) | ({len(files) - 1: {"clusters": labels}} if len(files) - 1 in missing else {})
         for i in missing if ranks.rank == 0 else []:
             with atomic(files[i]) as temporary:
@@ -159,9 +169,12 @@ def read_reference(data, spaces, clusters, folder, batch, ranks):
 
 def open_reference(patterns, size, condition="none", classes=0):
     """The TarDataset of --data; captions stay text."""
-    data = TarDataset(list(find_tars(patterns).values()), size, condition, None if condition == "text" else to_tensor, classes)
+    left = []
+    data = TarDataset(list(find_tars(patterns, left).values()), size, condition, None if condition == "text" else to_tensor, classes)
     if not len(data):
-        raise UserError(f"no samples in --data {' '.join(patterns)}")
+        raise UserError(f"no samples in --data {' '.join(patterns)}: {describe_samples(data.tars[0], '', condition)}")
+    if left and os.environ.get("RANK", "0") == "0":
+        print(f"{len(data)} samples in {len(data.tars)} tars; left out: {', '.join(left)}", flush=True)
     return data
 
 

@@ -7,7 +7,7 @@ reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar, the netwo
 writes  RUN/latents/K/NAME.tar      the samples of shards/K/NAME.tar with latents instead of pictures: KEY.lat, float16
                                     [flips, mean|std, C, H, W], standardised; the flips are the picture and its mirror image. With --captions
                                     KEY.tok, float16 [tokens, E], too. All other members as they are
-        RUN/latents/K/about.json    shapes of KEY.lat, the networks that made it and their preprocessing, the clustering, the shards' sizes
+        RUN/latents/K/about.json    shapes of KEY.lat, the networks that made it and their preprocessing, the clustering, the shards' SHA-256
 Run again, it goes on where it stopped. Training then reads RUN/latents/K instead of RUN/shards/K. It sees the same distribution: mean and
 standard deviation are kept (AutoencoderTiny has no deviation: one row, the latents), and each epoch draws from the posterior anew, with the
 noise that encoding on the fly would use.
@@ -26,13 +26,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import (UserError, atomic, gather, load_run, make_parser, on_rank_0, parse, progress, read_clusters, script, start,
-                    sum_over_ranks)
+from common import (NETWORK, UserError, gather, load_run, make_parser, on_rank_0, parse, progress, read_clusters, read_json, read_manifest, script, start,
+                    sum_over_ranks, write_text)
 from data import TarWriter, index_tar, square, to_float, to_uint8, usable
 from model import hash_words, normalise_text, words
 from networks import NONE, autoencoder, autoencoder_info, identity, label, pinned, resolve, text_encoder, text_info
 
 BATCH = 64      # pictures that are cached together
+ABOUT = {"fingerprint": str, "tars": {str: str}, "shapes": [[int]], "autoencoder": NETWORK, "text": NETWORK, "size": int, "condition": str, "flip": bool}
 
 
 # ---- what a model's x and c are made of ---------------------------------------------------------------------------
@@ -147,20 +148,21 @@ def read_cache(run, shards, config, clusters):
         if about is None:
             return None
         anew = f"delete {folder} and make it anew with pretrained.py, or train with --data.cached false"
-        there, wanted = _tars(folder), _tars(os.path.join(run, "shards", shard)) or about["tars"]
+        there, source = _tars(folder), os.path.join(run, "shards", shard)
+        wanted = read_shard(source) if os.path.exists(os.path.join(source, "manifest.json")) else about["tars"]
         if missing := sorted(wanted.keys() - there.keys()):
             raise UserError(f"{folder} lacks {len(missing)} of {len(wanted)} tars, {missing[0]} the first: let pretrained.py --run {run} --shard {shard} "
                             f"finish, or train with --data.cached false")
         if other := sorted(name for name in there if name not in wanted or about["tars"].get(name) != wanted[name]):
             raise UserError(f"{folder}/{other[0]} was not made of {run}/shards/{shard}/{other[0]} as it is now: {anew}")
-        data, meant = config.data, clusters.get("networks", {})
+        data, meant = config.data, clusters["networks"]
         for what, made, now in (("the clustering (fingerprint)", about["fingerprint"], clusters["fingerprint"]), ("data.size", about["size"], data.size),
                                 ("data.condition", about["condition"], data.condition), ("data.crop", "center", data.crop),
                                 ("data.flip", about["flip"], about["flip"] or data.flip)):
             if made != now:
                 raise UserError(f"{folder} was made with {what} {made!r}, now it is {now!r}: {anew}")
         for role in ("autoencoder", "text"):
-            if about[role]["name"] and role in meant and identity(about[role]) != identity(meant[role]):
+            if about[role]["name"] and identity(about[role]) != identity(meant[role]):
                 raise UserError(f"{folder} was made with {role} {label(about[role])}, the run is for {label(meant[role])}: {anew}")
         abouts.append(about | {"folder": folder})
     first = abouts[0]
@@ -173,17 +175,16 @@ def read_cache(run, shards, config, clusters):
 
 
 def _read_about(folder):
-    path = os.path.join(folder, "about.json")
+    """What about.json says (ABOUT), None if there is none. UserError if it is damaged."""
     try:
-        with open(path) as f:
-            about = json.load(f)
-        if not {"fingerprint", "tars", "shapes", "autoencoder", "text", "size", "condition", "flip"} <= about.keys():
-            raise ValueError("keys are missing")
+        about = read_json(os.path.join(folder, "about.json"), ABOUT)
+        if not about["shapes"] or not all(len(shape) == 5 and min(shape) > 0 for shape in about["shapes"]):
+            raise ValueError(f"shapes = {about['shapes']} are none of KEY.lat")
         return about
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete {folder} and make it anew with pretrained.py") from None
+    except ValueError as error:
+        raise UserError(f"{os.path.join(folder, 'about.json')} is damaged ({error}): delete {folder} and make it anew with pretrained.py") from None
 
 
 def _tars(folder):
@@ -191,14 +192,24 @@ def _tars(folder):
     return {os.path.basename(path): os.path.getsize(path) for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))}
 
 
+def read_shard(folder):
+    """{name: SHA-256} of the tars of RUN/shards/K, as its manifest says. UserError if their names or sizes are others."""
+    tars, sizes = read_manifest(folder)["tars"], _tars(folder)
+    wrong = sorted(name for name in tars.keys() | sizes.keys() if name not in tars or sizes.get(name) != tars[name]["bytes"])
+    if wrong:
+        raise UserError(f"{folder} is not as its manifest says ({wrong[0]}: {sizes.get(wrong[0])} bytes there, {tars.get(wrong[0], {}).get('bytes')} in the "
+                        f"manifest): copy it again")
+    return {name: entry["sha256"] for name, entry in sorted(tars.items())}
+
+
 def cache_tar(source, target, space, about, bad, bar):
-    """Writes one tar of latents; counts the causes of unusable samples in bad. -> number of samples."""
-    size, shape, count, unusable = space.config.data.size, about["shapes"][0], 0, []
+    """Writes one tar of latents; appends the unusable samples to bad, as data.usable does. -> number of samples."""
+    size, shape, count = space.config.data.size, about["shapes"][0], 0
 
     def crops(image):
         return np.stack([square(image, size, mirror=mirror) for mirror in (False, True)[:shape[0]]])        # [flips,S,S,3]
 
-    samples = usable(source, crops, size, space.config.data, unusable)
+    samples = usable(source, crops, size, space.config.data, bad)
     with TarWriter(target) as tar:
         while part := list(itertools.islice(samples, BATCH)):
             x = torch.from_numpy(np.concatenate([pictures for *_, pictures in part])).to(space.device)
@@ -214,7 +225,6 @@ def cache_tar(source, target, space, about, bad, bar):
                         tar.add(f"{sample.key}.{extension}", payload)
             count += len(part)
             bar.update(len(part))
-    bad.update(cause for _, cause in unusable)
     return count
 
 
@@ -237,8 +247,7 @@ def main():
     args, given = parse(parser)
     config, clusters = load_run(args.run, given), read_clusters(args.run)
     source, target = (os.path.join(args.run, folder, args.shard) for folder in ("shards", "latents"))
-    tars = _tars(source)
-    if not tars:
+    if not _tars(source):
         there = sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(os.path.join(glob.escape(args.run), "shards", "*", "")))
         raise UserError(f"no tars in {source}: there are the shards {', '.join(there) or 'none'}")
     if not config.autoencoder.name:
@@ -248,8 +257,9 @@ def main():
     if args.captions and (config.data.condition != "text" or config.text.name == NONE["text"]):
         raise UserError(f"--captions caches a text encoder's features; this run has condition = {config.data.condition}, text.name = {config.text.name!r}")
 
+    tars = read_shard(source)
     ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
-    space = Space(config, ranks.device, clusters.get("networks"), os.path.join(args.run, "clusters.safetensors"))
+    space = Space(config, ranks.device, clusters["networks"], os.path.join(args.run, "clusters.safetensors"))
     space.network("autoencoder")        # found out now, if it is another one
     about = {"fingerprint": clusters["fingerprint"], "size": config.data.size, "condition": config.data.condition, "flip": config.data.flip,
              # a list, for pictures of several shapes: all KEY.lat here have the first one
@@ -285,18 +295,17 @@ def main():
         needed = samples * sum(each) - sum(_tars(target).values())
         if (free := shutil.disk_usage(target).free) < needed:
             raise UserError(f"{target} needs {needed / 1e9:.3g} GB more, the disk has {free / 1e9:.3g} GB left")
-        with atomic(os.path.join(target, "about.json")) as temporary, open(temporary, "w") as f:
-            json.dump(about | {"tars": tars}, f, indent=1)
+        write_text(os.path.join(target, "about.json"), json.dumps(about | {"tars": tars}, indent=1))
 
     on_rank_0(prepare)
-    bad, made = collections.Counter(), 0
+    bad, made = [], 0
     mine = [name for name in mine if not os.path.exists(os.path.join(target, name))]
     samples = dict(zip(tars, counts.tolist()))
     bar = progress(desc=f"latents/{args.shard}, {len(mine)} tars", total=sum(samples[name] for name in mine), unit=" images")
     for name in mine:
         made += cache_tar(os.path.join(source, name), os.path.join(target, name), space, about, bad, bar)
     bar.close()
-    every = gather((made, bad))
+    every = gather((made, collections.Counter(error.cause for _, error in bad)))
     if ranks.rank == 0:
         bad = sum((b for _, b in every), collections.Counter())
         print(f"{target}: {len(tars)} tars, {sum(_tars(target).values()) / 1e9:.3g} GB; {sum(n for n, _ in every)} samples made now"

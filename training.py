@@ -186,9 +186,10 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
     data = [TarDataset(tars, d.size, d.condition, encode, d.classes, mix(train.seed, i) if apart else train.seed, d.crop, d.flip, d.run,
                        (space.channels, space.size, space.size), labelled, space.posterior, about and about["shapes"][0], tokens)
             for i, tars in enumerate(parts)]
+    manifests = {} if about else {folder: common.read_manifest(folder)["tars"] for folder in folders}
     for part in data if not about else []:
         for tar, rows in zip(part.tars, part.index):
-            meant = common.read_manifest(os.path.dirname(tar))["tars"][os.path.basename(tar)]["samples"]
+            meant = manifests[os.path.dirname(tar)][os.path.basename(tar)]["samples"]
             if len(rows) != meant:
                 raise UserError(f"{tar} has {len(rows)} samples, its manifest says {meant}: it is damaged, copy it again")
     if empty := [folder for folder, part in zip(folders if apart else [", ".join(folders)], data) if not len(part)]:

@@ -111,7 +111,7 @@ def memory():
 def index(samples, per_tar):
     """Tars without contents, with the index files that real ones would have."""
     with tempfile.TemporaryDirectory() as folder:
-        width = 2 * len(data.ROLES)
+        width = 2 * len(data.ROLES) + 1
         rows = np.full((per_tar, width), -1, np.int64)
         rows[:, 0], rows[:, 1] = np.arange(per_tar) * 32768 + 512, 30000
         tars = []

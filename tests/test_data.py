@@ -2,6 +2,7 @@
 import io
 import os
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,6 +167,131 @@ def test_a_failed_writer_leaves_no_file(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+# ---- --data ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def touch(*paths):
+    for path in paths:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write(path, [{"png": png(), "txt": b"a cat"}])
+
+
+def test_a_path_that_exists_is_that_file_whatever_its_characters(here):
+    touch("data [v2]/0 {a,b}.tar", "data [v2]/what?.tar", "data v/x.tar", "s p/*.tar")
+    assert list(data.find_tars(["data [v2]/0 {a,b}.tar", "data [v2]/what?.tar", "s p/*.tar"]).values()) == ["s p/*.tar", "data [v2]/0 {a,b}.tar", "data [v2]/what?.tar"]
+
+
+def test_two_stars_are_folders_at_any_depth_and_a_tar_counts_once(here):
+    touch("d/0.tar", "d/a/1.tar", "d/a/b/2.TAR")
+    os.symlink("a/1.tar", "d/link.tar")
+    left = []
+    assert data.find_tars(["d/**/*.tar", "d/**/*.TAR", "d/0.tar", str(here / "d" / "0.tar")], left) == {"0": str(here / "d" / "0.tar"), "1": "d/a/1.tar", "2": "d/a/b/2.TAR"}
+    assert left == ["1 links to tars that are there already"]
+
+
+def test_what_is_no_tar_is_counted(here):
+    touch("d/0.tar")
+    for name in ("1.tar.gz", "2.TAR.GZ", "3.tgz", "0.tar.idx", "0.parquet", "sub/x.png"):
+        os.makedirs("d/sub", exist_ok=True)
+        (here / "d" / name).write_bytes(b"x")
+    left = []
+    assert list(data.find_tars(["d/*"], left)) == ["0"]
+    assert left == ["2 .tar.gz, 1 .parquet, 1 .tgz, 1 folder (d/0.parquet the first; compressed tars cannot be read at any place: decompress them (gunzip d/1.tar.gz))"]
+
+
+@pytest.mark.parametrize("pattern, says", [
+    ("none/*.tar", "there is no folder none"), ("d/9.tar", "there is nothing of that name; d is a folder with 1 tars; did you mean 'd/*.tar'?"), ("d", "did you mean 'd/*.tar'?"),
+    ("deep", "did you mean 'deep/**/*.tar'?"), ("d/{0..3}.tar", "braces are not expanded: did you mean 'd/*.tar'?"), ("d/x{a,b}.tar", "braces are not expanded here"),
+    ("s3://bucket/0.tar", "no URLs"), ("pipe:cat x", "no URLs"), ("gz/*.tar", "gunzip gz/0.tar.gz"), ("gz/0.tar.gz", "gunzip gz/0.tar.gz"), ("zip/*", "unpack"),
+    ("pictures", "tar --sort=name -cf 00000.tar -C pictures ."), ("pictures/*/*.JPG", "tar --sort=name"), ("x.parquet", "img2dataset --url_list x.parquet --input_format parquet"),
+    ("empty", "an empty folder"), ("folder.tar", "folder.tar is a folder"), ("dangling.tar", "dangling.tar is a link to nowhere")])
+def test_a_pattern_without_tars_is_told_what_is_there(here, pattern, says):
+    touch("d/0.tar", "deep/er/0.tar")
+    os.makedirs("folder.tar")
+    os.makedirs("empty")
+    os.symlink("nowhere", "dangling.tar")
+    for name in ("gz/0.tar.gz", "zip/0.zip", "pictures/cat/0.JPG", "pictures/dog/1.JPG", "x.parquet"):
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        (here / name).write_bytes(b"x")
+    for patterns in ([pattern], ["d/*.tar", pattern]):
+        if patterns[1:] and pattern in ("d", "deep", "gz/0.tar.gz", "zip/*", "pictures", "pictures/*/*.JPG", "x.parquet", "empty"):
+            continue        # left out beside what there is
+        with pytest.raises(UserError) as error:
+            data.find_tars(patterns)
+        assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def members(*names, payload=b"a cat"):
+    return [(name, png() if name.lower().endswith(".png") else payload) for name in names]
+
+
+@pytest.mark.parametrize("condition, names, cause, says", [
+    ("text", ["a.png", "b.png", "a.txt", "b.txt"], "no caption", "tar --sort=name"),
+    ("text", ["a.png", "a.png.txt"], "no caption", "KEY.txt, not KEY.png.txt"),
+    ("text", ["a.v1.png", "a.v1.txt", "a.v2.png", "a.v2.txt"], "no caption", "first dot"),
+    ("text", ["a.png", "a.json"], "no caption", "KEY.json"), ("text", ["a.png", "a.caption"], "no caption", "KEY.caption"),
+    ("text", ["a.png", "a.cls"], "no caption", "data.condition = class"), ("text", ["a.png"], "no caption", "data.condition = none"),
+    ("class", ["a.png", "a.txt"], "no class", "data.condition = text"), ("class", ["a.png", "a.cls"], "class is no number", "number the classes"),
+    ("text", ["a.svg", "a.txt"], "no image", "images are KEY.jpg"), ("text", ["a.lat", "a.txt"], "no image", "holds latents"),
+    ("text", ["._a.png", "__MACOSX/b.png"], "", "nothing but 2 files"), ("text", [], "", "a tar without files")])
+def test_an_error_says_what_a_tar_holds_instead(here, condition, names, cause, says):
+    with TarWriter("x.tar") as tar:
+        for name, payload in members(*names):
+            tar.add(name, payload)
+    words = data.describe_samples("x.tar", cause, condition)
+    assert words.startswith("x.tar ") and says in words and (cause == "" or f"begins with {names[0]}" in words)
+
+
+@pytest.mark.parametrize("payload, says", [(b"\x1f\x8b" + bytes(900), "gzip"), (b"PK\3\4" + bytes(900), "zip"), (b"\n<!DOCTYPE html>", "web page"), (b"", "empty"),
+                                           (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (png(), "a PNG")])
+def test_a_file_that_is_no_tar_is_named_for_what_it_is(here, capsys, payload, says):
+    (here / "x.tar").write_bytes(payload)
+    notes = data.Notes()
+    assert list(scan_tar("x.tar", notes)) == [] and says in notes.torn and says in capsys.readouterr().err and says in data.describe_samples("x.tar", "", "text")
+
+
+def test_the_first_of_jpg_jpeg_png_webp_is_taken_in_any_order(here):
+    for order in (["png", "jpeg", "webp", "txt"], ["webp", "txt", "jpeg", "png"], ["JPEG", "png", "webp", "txt"]):
+        with TarWriter("x.tar") as tar:
+            for extension in order:
+                tar.add(f"a.{extension}", extension.encode())
+        sample, = scan_tar("x.tar")
+        assert sample.taken["image"].lower() == "jpeg" and sorted(sample.others) == ["png", "webp"] and "a." in sample.choice()
+        assert TarDataset(["x.tar"], 8).members(0)["image"].lower() == b"jpeg"
+
+
+# ---- which bytes a tar has ----------------------------------------------------------------------------------------
+
+def test_a_copy_is_the_same_source_and_another_content_is_not(here):
+    touch("a.tar")
+    source = data.read_source("a.tar")
+    os.utime("a.tar", ns=(1, 1))
+    again = data.read_source("a.tar", source)
+    assert again != source and again.sha256 == source.sha256
+    stat, payload = os.stat("a.tar"), bytearray((here / "a.tar").read_bytes())
+    payload[600] ^= 1
+    (here / "a.tar").write_bytes(payload)
+    os.utime("a.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))     # the same size and date, as cp -p leaves them
+    assert data.read_source("a.tar", again).sha256 != source.sha256
+
+
+def test_an_unchanged_tar_is_not_read_again(here, monkeypatch):
+    touch("a.tar")
+    ranks = SimpleNamespace(rank=0, world=1)
+    first = data.read_sources(["a.tar"], "out/sources.json", ranks)
+    monkeypatch.setattr(data.hashlib, "file_digest", lambda *args: pytest.fail("read again"))
+    assert data.read_sources(["a.tar"], "out/sources.json", ranks) == first
+    (here / "out" / "sources.json").write_text('{"x": 5}')
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert data.read_sources(["a.tar"], "out/sources.json", ranks) == first
+
+
 # ---- bad samples --------------------------------------------------------------------------------------------------
 
 def test_bad_samples_are_named_and_replaced_without_moving_any_other(tmp_path):
@@ -194,7 +320,7 @@ def test_data_without_a_single_good_sample_is_an_error_and_no_endless_loop(tmp_p
         dataset[0]
 
 
-@pytest.mark.parametrize("payload, cause", [(b"", "no class"), (b"cat", "no class"), (b"10", "classes = 10"), (b"-1", "classes = 10")])
+@pytest.mark.parametrize("payload, cause", [(b"", "no class"), (b"cat", "'cat'"), (b"10", "classes = 10"), (b"-1", "classes = 10")])
 def test_a_class_must_be_a_number_below_the_configured_classes(payload, cause):
     with pytest.raises(BadSample, match=cause):
         data.check_condition({"cls": payload}, "class", 10)

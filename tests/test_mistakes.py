@@ -136,7 +136,7 @@ def test_clusters_of_an_earlier_version(tars, clustered, tmp_path):
     run = shutil.copytree(clustered, tmp_path / "run")
     path, about = run / "clusters.safetensors", common.read_clusters(run)
     safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, metadata={"nanoddm": json.dumps(about | {"extractor": "pixels: a thumbnail"})})
-    refused("cluster.py", "--data", tars / "*.tar", "--run", run, says=["clusters.safetensors is from an earlier version", "--run"])
+    refused("cluster.py", "--data", tars / "*.tar", "--run", run, says=["clusters.safetensors is damaged, or of another version", "extractor", "--run"])
 
 
 def test_a_partition_whose_clusters_are_gone(tars, clustered, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from conftest import command, copy, inside
 from safetensors.numpy import load_file
 
 import cluster
+import common
+import data
 from common import UserError
-from data import TarDataset, scan_tar
+from data import TarDataset, TarWriter, scan_tar
 
 SHARDS = ("0", "1", "2", "router")
 
@@ -42,7 +45,7 @@ def more(tmp_path):
 
 
 def test_a_manifest_says_what_a_shard_holds(clustered):
-    clusters = cluster.read_metadata(clustered / "clusters.safetensors")
+    clusters = common.read_clusters(clustered)
     for shard in SHARDS:
         said = manifest(clustered, shard)
         assert said["fingerprint"] == clusters["fingerprint"] and said["shard"] == shard
@@ -99,7 +102,7 @@ def test_appended_tars_join_the_clusters_of_the_frozen_centroids_and_touch_no_sh
     after, clusters = contents(run), load_file(run / "clusters.safetensors")
     assert all(after[path] == content for path, content in before.items()) and len(after) == len(before) + 2 * len(SHARDS)
     assert clusters["counts"].sum() == 300 and all((clusters[k] == centroids[k]).all() for k in centroids if k != "counts")
-    assert cluster.read_metadata(run / "clusters.safetensors")["fingerprint"] == cluster.read_metadata(clustered / "clusters.safetensors")["fingerprint"]
+    assert common.read_clusters(run)["fingerprint"] == common.read_clusters(clustered)["fingerprint"]
     assert [sum(e["samples"] for e in manifest(run, shard)["tars"].values()) for shard in SHARDS] == [*clusters["counts"], 300]
     again = tmp_path / "again"      # a picture's cluster is the same whenever it comes: here all at once, assigned by the same centroids
     shutil.copytree(clustered, again)
@@ -156,18 +159,152 @@ def test_a_balanced_run_holds_the_cap_and_needs_fine_assignment(tars, config, tm
 
 
 def test_samples_that_cannot_be_used_are_listed_and_too_many_of_them_stop_the_clustering(tars, config, tmp_path):
-    from data import TarWriter
     with TarWriter(str(tmp_path / "bad.tar")) as tar:
         for i in range(30):
             tar.add(f"{i:03d}.png", b"no picture")
             tar.add(f"{i:03d}.txt", b"a caption")
-    data = ["--data", tars / "*.tar", tmp_path / "bad.tar", "--run", tmp_path / "run", "--config", config]
-    done = inside("cluster.py", *data, "--device", "cpu")
+    flags = ["--data", tars / "*.tar", tmp_path / "bad.tar", "--run", tmp_path / "run", "--config", config]
+    done = inside("cluster.py", *flags, "--device", "cpu")
     assert done.returncode == 2 and "30 of 270 samples cannot be used" in done.stderr and not (tmp_path / "run" / "clusters.safetensors").exists()
     with open(tmp_path / "run" / "logs" / "cluster.skipped.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 30 and rows[0]["tar"] == "bad" and rows[0]["sample"] == "000" and rows[0]["cause"].startswith("undecodable")
-    assert inside("cluster.py", *data, "--max-bad", "20%", "--device", "cpu").returncode == 0
+    assert inside("cluster.py", *flags, "--max-bad", "20%", "--device", "cpu").returncode == 0
+
+
+# ---- tars that change ---------------------------------------------------------------------------------------------
+
+def stage_1(patterns, run, config, *flags):
+    return inside("cluster.py", "--data", *patterns, "--run", run, "--config", config, "--device", "cpu", *flags)
+
+
+def pack(path, members):
+    with TarWriter(str(path)) as tar:
+        for name, payload in members:
+            tar.add(name, payload)
+
+
+def unpack(path):
+    with tarfile.open(path) as tar:
+        return [(member.name, tar.extractfile(member).read()) for member in tar]
+
+
+@pytest.fixture
+def mine(tars, tmp_path):
+    """Tars that a test may change."""
+    return shutil.copytree(tars, tmp_path / "in", ignore=shutil.ignore_patterns("*.idx"))
+
+
+def keep_date(path, change):
+    """Changes a file as cp -p or rsync -t would replace it: of the same date."""
+    stat = os.stat(path)
+    change()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert os.stat(path).st_size == stat.st_size
+
+
+def features(run):
+    return {path.name: path.stat().st_mtime_ns for path in run.glob("features/*.safetensors")}
+
+
+@pytest.mark.parametrize("dated", [False, True])
+def test_a_tar_repaired_after_a_failed_call_is_read_again(mine, config, tmp_path, dated):
+    """The same members in another order, so of the same size; also of the same date."""
+    whole, path, run = unpack(mine / "00000.tar"), mine / "00000.tar", tmp_path / "run"
+    pack(path, whole[::2] + whole[1::2])
+    done = stage_1([mine / "*.tar"], run, config)
+    assert done.returncode == 2 and "tar --sort=name" in done.stderr and "00000.tar begins with" in done.stderr
+    made = features(run)
+    (keep_date if dated else lambda path, change: change())(path, lambda: pack(path, whole))
+    done = stage_1([mine / "*.tar"], run, config)
+    assert done.returncode == 0 and done.stdout.startswith("240 images in 3 tars\n"), done.stdout + done.stderr
+    assert [name for name, time in features(run).items() if time != made[name]] == ["00000.safetensors"]
+
+
+@pytest.mark.parametrize("dated", [False, True])
+def test_a_clustered_tar_that_has_changed_is_named(clustered, mine, config, tmp_path, dated):
+    run, path = copy(clustered, tmp_path), mine / "00001.tar"
+    change = lambda: pack(path, [(name, payload.replace(b"circle", b"square")) for name, payload in unpack(path)])
+    (keep_date if dated else lambda path, change: change())(path, change)
+    before = contents(run)
+    for flags in ((), ("--append",)):
+        done = stage_1([mine / "*.tar"], run, config, *flags)
+        assert done.returncode == 2 and str(path) in done.stderr and "changed" in done.stderr and "--run" in done.stderr
+    # without manifests, as an interrupted call leaves it, and without features, which may be deleted
+    for manifest in run.glob("shards/*/manifest.json"):
+        manifest.unlink()
+    assert str(path) in stage_1([mine / "*.tar"], run, config).stderr
+    shutil.rmtree(run / "features")
+    assert "other data" in stage_1([mine / "*.tar"], run, config).stderr
+    assert contents(run) == before
+
+
+def test_a_copy_of_the_data_is_the_same_data_and_read_once(clustered, mine, config, tmp_path, monkeypatch):
+    run, read = copy(clustered, tmp_path), []
+    for path in mine.glob("*.tar"):
+        os.utime(path, ns=(1, 1))
+    monkeypatch.setattr(data.hashlib, "file_digest", lambda f, name, real=data.hashlib.file_digest: read.append(f.name) or real(f, name))
+    assert stage_1([mine / "*.tar"], run, config).returncode == 0 and len(read) == 3
+    assert stage_1([mine / "*.tar"], run, config).returncode == 0 and len(read) == 3 and contents(run) == contents(clustered)
+
+
+def test_what_a_failed_call_could_not_read_is_read_by_the_next(mine, config, tmp_path, monkeypatch):
+    """The disk fails in the first call, and a picture's decoder is missing; the tars stay as they are."""
+    run, real = tmp_path / "run", data.decode
+    monkeypatch.setattr(data, "decode", lambda payload, least=0: (_ for _ in ()).throw(data.BadSample("unreadable (OSError)")) if len(payload) % 2 else real(payload, least))
+    done = stage_1([mine / "*.tar"], run, config)
+    assert done.returncode == 2 and "unreadable (OSError)" in done.stderr and not (run / "config.toml").exists()
+    monkeypatch.setattr(data, "decode", real)
+    done = stage_1([mine / "*.tar"], run, config)
+    assert done.returncode == 0 and done.stdout.startswith("240 images in 3 tars\n"), done.stdout
+
+
+def test_an_interrupted_append_of_a_tar_that_is_then_repaired_keeps_nothing_of_the_old(clustered, more, config, tmp_path):
+    run, path = copy(clustered, tmp_path), more / "more-00000.tar"
+    assert stage_1([more / "*.tar"], run, config, "--append").returncode == 0
+    for manifest in run.glob("shards/*/manifest.json"):       # killed before they were written
+        shutil.copy(clustered / manifest.relative_to(run), manifest)
+    shutil.copy(clustered / "clusters.safetensors", run)
+    pack(path, [(name, payload.replace(b"a ", b"A ") if name.endswith("txt") else payload) for name, payload in unpack(path)])
+    assert stage_1([more / "*.tar"], run, config, "--append").returncode == 0
+    texts = [payload for shard in "012" for name, payload in unpack(run / "shards" / shard / "more-00000.tar") if name.endswith("txt")]
+    assert len(texts) == 40 and all(text.startswith(b"A ") for text in texts)
+
+
+def test_bytes_are_copied_only_where_the_header_names_their_key(clustered, mine, tmp_path):
+    run, path = copy(clustered, tmp_path), mine / "00000.tar"
+    config = common.make_config(common.read_toml(run / "config.toml"))
+    clusters, folders = load_file(run / "clusters.safetensors"), [str(tmp_path / shard) for shard in SHARDS]
+    file, members = run / "features" / "00000.safetensors", unpack(path)
+    pack(path, members[2:4] + members[:2] + members[4:])
+    about = cluster.read_metadata(file)
+    cluster.write_features(str(file), about | {"source": vars(data.read_source(path))}, load_file(file))       # as if it were the same
+    with pytest.raises(UserError, match="at byte 0 is 000000001") as error:
+        cluster.partition(str(path), "00000", folders, [{"tars": {}}] * 4, str(file), clusters, np.arange(2), config)
+    assert str(path) in str(error.value) and not list(tmp_path.glob("[0-2r]*/*.tar"))
+
+
+def test_what_is_left_out_is_counted_in_the_line_of_images(mine, config, tmp_path):
+    whole = unpack(mine / "00000.tar")
+    pack(mine / "00000.tar", [("._" + name, b"fork") for name, _ in whole[:4]] + [member for name, payload in whole for member in
+                             ([(name.replace("png", "webp"), payload), (name, payload)] if name.endswith("png") else [(name, payload)])])
+    (mine / "00001.tar").rename(mine / "00001.tar.gz")
+    (mine / "00002.tar").write_bytes((mine / "00002.tar").read_bytes()[:-700])
+    for _ in range(2):      # the second call says it again
+        done = stage_1([mine / "*"], tmp_path / "run", config, "--cluster.fine", 3)
+        assert done.returncode == 0, done.stderr
+        line = done.stdout.splitlines()[0]
+        for words in ("139 images in 2 tars", "1 .tar.gz", "gunzip", "000000000.png is taken, not .webp", "all but one: 100", "begin with a dot", ": 4", "cut off"):
+            assert words in line, line
+
+
+@pytest.mark.parametrize("about", [{}, {"images": "many"}, {"source": {"bytes": 1}}, {"skipped": [["a"]]}, {"images": 7}, {"source": []}, {"left": []}])
+def test_features_that_are_damaged_are_made_again(clustered, tars, config, tmp_path, about):
+    run = copy(clustered, tmp_path)
+    file = run / "features" / "00001.safetensors"
+    made = file.read_bytes()
+    cluster.write_features(str(file), cluster.read_metadata(file) | about if about else {}, load_file(file))
+    assert stage_1([tars / "*.tar"], run, config).returncode == 0 and file.read_bytes() == made
 
 
 def test_an_expert_can_be_replaced_by_another_of_the_same_clustering(trained, tmp_path):
