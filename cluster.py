@@ -44,8 +44,8 @@ import found
 import networks
 import pretrained
 import training
-from common import (CLUSTERING, CONFIG, UserError, atomic, barrier, broadcast, differences, flat, gather, make_config, make_parser, on_rank_0, parse, progress,
-                    read_description, read_manifest, read_toml, script, start, sum_over_ranks, write_text, write_toml)
+from common import (CLUSTERING, CONFIG, UserError, alone, atomic, barrier, broadcast, differences, flat, gather, make_config, make_parser, on_rank_0, parse, progress,
+                    read_description, read_manifest, read_toml, script, start, sum_over_ranks, try_folder, write_text, write_toml)
 from data import (SOURCE, BadSample, Notes, Source, TarWriter, check_members, check_unchanged, decode, describe_samples, find_tars, picture_grid, read_source,
                   scan_tar, split_name, square, subset, usable)
 from features import assign, extractor, nearest
@@ -480,99 +480,103 @@ def main():
         if lacking := [folder for folder, manifest in zip(folders, manifests) if not manifest["tars"]]:
             raise UserError(f"{lacking[0]} has no manifest: --append needs the whole partition, as cluster.py left it")
 
-    ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
-    if ranks.rank == 0:
-        for pattern in ("features/*.tmp", "shards/*/*.tmp"):    # of a call that was killed
-            for path in glob.glob(os.path.join(glob.escape(args.run), pattern)):
-                os.remove(path)
-    barrier()
-    meant = old["networks"] if old else space.info      # by the later stages, which use no others
-    if not old:
-        on_rank_0(space.name_weights)
-    prepare, function, info = extractor(config.features, ranks.device)
-    if old and networks.identity(old["extractor"]) != networks.identity(info):
-        raise UserError(f"{clusters_file} was made with features of {networks.label(old['extractor'])}, now they would be of {networks.label(info)}: "
-                        f"give that network (and --features.precision), or use another --run")
-    features = {name: os.path.join(args.run, "features", f"{name}.safetensors") for name in tars}
-    if old:
-        check_sources(args.run, tars, features, manifests, old, args.append, ranks)
-    all_tars = tars
-    if args.append:
-        tars = not_there(tars, manifests)       # an --append that was interrupted goes on with the rest
-    names = list(tars)
-    mine = dict.fromkeys(names[ranks.rank::ranks.world])
-    bar = progress(desc="features", unit=" images")
-    for i, name in enumerate(mine, 1):
-        bar.set_postfix_str(f"tar {i} of {len(mine)}" + (" of this rank" if ranks.world > 1 else ""), refresh=False)
-        if extract(tars[name], features[name], prepare, function, info, config, bar, again=not old or args.append):
-            forget_shards(name, folders, manifests)
-    bar.close()
-    barrier()
-
-    about = [read_metadata(features[name]) for name in names]
-    counts = [a["images"] for a in about]
-    check_skipped(args.run, tars, about, left, config, ranks)
-    sources = {name: a["source"]["sha256"] for name, a in zip(names, about)}
-    # what is appended is named by all that was given, whether it is there already or not
-    inputs = name_inputs(sources | {name: source for name, source in recorded_sources(manifests).items() if name in all_tars})
-    if old:
-        clusters = load_file(clusters_file)
-        clusters.pop("counts")
-    else:
-        fine = min(c.fine, sum(counts) // 39)
-        if K > fine:
-            raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {c.fine}, at most a 39th "
-                            f"of the {sum(counts)} usable images): fewer --experts, or more data")
-        clusters = broadcast(find_centroids([features[n] for n in names], counts, fine, config) if ranks.rank == 0 else None)
-        if c.balance:
-            sizes = np.zeros(fine, np.int64)
-            for name in mine:
-                sizes += np.bincount(nearest(load_file(features[name])["features"], clusters["fine_centroids"]), minlength=fine)
-            words = balance(clusters, sum_over_ranks(torch.from_numpy(sizes)).numpy(), c.balance)
-            if ranks.rank == 0:
-                print(words, flush=True)
-    mark = fingerprint(clusters, config, info)
-    if old and (mark != old["fingerprint"] or len(clusters["coarse_centroids"]) != K):
-        raise UserError(f"{args.run}/config.toml has other [cluster] settings than {clusters_file} was made with: use another --run")
-    sizes = np.zeros(K, np.int64)
-    for name in mine:
-        sizes += np.bincount(assign(load_file(features[name])["features"], name, clusters, config), minlength=K)
-    sizes = sum_over_ranks(torch.from_numpy(sizes)).tolist()
-    if 0 in sizes and not args.append:
-        raise UserError(f"cluster {sizes.index(0)} of {K} is empty: fewer --experts, or another --cluster.seed")
-
-    def write_clusters(counts, tars, appended):
-        with atomic(clusters_file) as temporary:
-            metadata = {"fingerprint": mark, "extractor": info, "seed": c.seed, "assign": c.assign, "inputs": old["inputs"] if old else inputs,
-                        "tars": tars, "networks": meant} | ({"appended": appended} if appended else {})
-            save_file(clusters | {"counts": np.array(counts, np.int64)}, temporary, metadata={"nanoddm": json.dumps(metadata, sort_keys=True)})
-
-    if ranks.rank == 0 and not args.append:     # only now: a call that failed above leaves no config behind that the next one would have to match
-        write_toml(config, os.path.join(args.run, "config.toml"))
-        write_clusters(sizes, len(tars), 0)
-    barrier()
-
-    # the router's subset is uniform; what is appended keeps its share
-    there = [sum(entry["samples"] for file, entry in manifest["tars"].items() if file[:-4] not in tars) for manifest in manifests]
-    size, seeds = (round(sum(counts) * there[-1] / sum(there[:-1])), (c.seed, 2, int(inputs, 16))) if args.append else (c.router_images, (c.seed, 2))
-    router = subset(sum(counts), size, *seeds)
-    first = dict(zip(names, np.cumsum([0, *counts]).tolist()))
-    parts = {}
-    for name, n in progress([(name, n) for name, n in zip(names, counts) if name in mine], desc="partition, tars"):
-        part = router[np.searchsorted(router, first[name]):np.searchsorted(router, first[name] + n)] - first[name]
-        parts[name] = partition(tars[name], name, folders, manifests, features[name], clusters, part, config)
-    parts = gather(parts)
-    if ranks.rank == 0:
-        write_manifests(folders, manifests, mark, {name: entries for of_rank in parts for name, entries in of_rank.items()})
-        *sizes, in_router = [sum(entry["samples"] for entry in manifest["tars"].values()) for manifest in manifests]
+    with alone(os.path.join(args.run, "cluster.lock"), args.run):
+        ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
+        if ranks.rank == 0:     # tried before the work
+            for place in ("features", "shards", "logs"):
+                try_folder(os.path.join(args.run, place))
+        if ranks.rank == 0:
+            for pattern in ("features/*.tmp", "shards/*/*.tmp"):    # of a call that was killed
+                for path in glob.glob(os.path.join(glob.escape(args.run), pattern)):
+                    os.remove(path)
+        barrier()
+        meant = old["networks"] if old else space.info      # by the later stages, which use no others
+        if not old:
+            on_rank_0(space.name_weights)
+        prepare, function, info = extractor(config.features, ranks.device)
+        if old and networks.identity(old["extractor"]) != networks.identity(info):
+            raise UserError(f"{clusters_file} was made with features of {networks.label(old['extractor'])}, now they would be of {networks.label(info)}: "
+                            f"give that network (and --features.precision), or use another --run")
+        features = {name: os.path.join(args.run, "features", f"{name}.safetensors") for name in tars}
+        if old:
+            check_sources(args.run, tars, features, manifests, old, args.append, ranks)
+        all_tars = tars
         if args.append:
-            every = len(manifests[0]["tars"])
-            write_clusters(sizes, every, old.get("appended", 0) + every - old["tars"])
-        contact_sheet(args.run, sizes)
-        print(f"\ncluster   images   share      fingerprint {mark}")
-        for k, n in enumerate(sizes):
-            print(f"{k:7d} {n:8d}   {n / sum(sizes):5.1%}   {'#' * round(50 * n / max(sizes))}")
-        print(f"router  {in_router:8d}")
+            tars = not_there(tars, manifests)       # an --append that was interrupted goes on with the rest
+        names = list(tars)
+        mine = dict.fromkeys(names[ranks.rank::ranks.world])
+        bar = progress(desc="features", unit=" images")
+        for i, name in enumerate(mine, 1):
+            bar.set_postfix_str(f"tar {i} of {len(mine)}" + (" of this rank" if ranks.world > 1 else ""), refresh=False)
+            if extract(tars[name], features[name], prepare, function, info, config, bar, again=not old or args.append):
+                forget_shards(name, folders, manifests)
+        bar.close()
+        barrier()
+
+        about = [read_metadata(features[name]) for name in names]
+        counts = [a["images"] for a in about]
+        check_skipped(args.run, tars, about, left, config, ranks)
+        sources = {name: a["source"]["sha256"] for name, a in zip(names, about)}
+        # what is appended is named by all that was given, whether it is there already or not
+        inputs = name_inputs(sources | {name: source for name, source in recorded_sources(manifests).items() if name in all_tars})
+        if old:
+            clusters = load_file(clusters_file)
+            clusters.pop("counts")
+        else:
+            fine = min(c.fine, sum(counts) // 39)
+            if K > fine:
+                raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {c.fine}, at most a 39th "
+                                f"of the {sum(counts)} usable images): fewer --experts, or more data")
+            clusters = broadcast(find_centroids([features[n] for n in names], counts, fine, config) if ranks.rank == 0 else None)
+            if c.balance:
+                sizes = np.zeros(fine, np.int64)
+                for name in mine:
+                    sizes += np.bincount(nearest(load_file(features[name])["features"], clusters["fine_centroids"]), minlength=fine)
+                words = balance(clusters, sum_over_ranks(torch.from_numpy(sizes)).numpy(), c.balance)
+                if ranks.rank == 0:
+                    print(words, flush=True)
+        mark = fingerprint(clusters, config, info)
+        if old and (mark != old["fingerprint"] or len(clusters["coarse_centroids"]) != K):
+            raise UserError(f"{args.run}/config.toml has other [cluster] settings than {clusters_file} was made with: use another --run")
+        sizes = np.zeros(K, np.int64)
+        for name in mine:
+            sizes += np.bincount(assign(load_file(features[name])["features"], name, clusters, config), minlength=K)
+        sizes = sum_over_ranks(torch.from_numpy(sizes)).tolist()
+        if 0 in sizes and not args.append:
+            raise UserError(f"cluster {sizes.index(0)} of {K} is empty: fewer --experts, or another --cluster.seed")
+
+        def write_clusters(counts, tars, appended):
+            with atomic(clusters_file) as temporary:
+                metadata = {"fingerprint": mark, "extractor": info, "seed": c.seed, "assign": c.assign, "inputs": old["inputs"] if old else inputs,
+                            "tars": tars, "networks": meant} | ({"appended": appended} if appended else {})
+                save_file(clusters | {"counts": np.array(counts, np.int64)}, temporary, metadata={"nanoddm": json.dumps(metadata, sort_keys=True)})
+
+        if ranks.rank == 0 and not args.append:     # only now: a call that failed above leaves no config behind that the next one would have to match
+            write_toml(config, os.path.join(args.run, "config.toml"))
+            write_clusters(sizes, len(tars), 0)
+        barrier()
+
+        # the router's subset is uniform; what is appended keeps its share
+        there = [sum(entry["samples"] for file, entry in manifest["tars"].items() if file[:-4] not in tars) for manifest in manifests]
+        size, seeds = (round(sum(counts) * there[-1] / sum(there[:-1])), (c.seed, 2, int(inputs, 16))) if args.append else (c.router_images, (c.seed, 2))
+        router = subset(sum(counts), size, *seeds)
+        first = dict(zip(names, np.cumsum([0, *counts]).tolist()))
+        parts = {}
+        for name, n in progress([(name, n) for name, n in zip(names, counts) if name in mine], desc="partition, tars"):
+            part = router[np.searchsorted(router, first[name]):np.searchsorted(router, first[name] + n)] - first[name]
+            parts[name] = partition(tars[name], name, folders, manifests, features[name], clusters, part, config)
+        parts = gather(parts)
+        if ranks.rank == 0:
+            write_manifests(folders, manifests, mark, {name: entries for of_rank in parts for name, entries in of_rank.items()})
+            *sizes, in_router = [sum(entry["samples"] for entry in manifest["tars"].values()) for manifest in manifests]
+            if args.append:
+                every = len(manifests[0]["tars"])
+                write_clusters(sizes, every, old.get("appended", 0) + every - old["tars"])
+            contact_sheet(args.run, sizes)
+            print(f"\ncluster   images   share      fingerprint {mark}")
+            for k, n in enumerate(sizes):
+                print(f"{k:7d} {n:8d}   {n / sum(sizes):5.1%}   {'#' * round(50 * n / max(sizes))}")
+            print(f"router  {in_router:8d}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import found
 from common import UserError, atomic, cores, decode_text, gather, make_parser, parse, progress, read_json, script, write_text
+from model import normalise_text, words
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp")     # of several images of one key the first of these is taken
 LEFTOVERS = ("__MACOSX", ".AppleDouble", "@eaDir", ".ipynb_checkpoints")       # folders that systems leave in a tar
@@ -517,10 +518,10 @@ def check_condition(members, condition, classes=0):
         return label
     if condition == "text":
         try:
-            caption = decode_text(members.get("txt", b"")).strip()
+            caption = normalise_text(decode_text(members.get("txt", b"")))
         except ValueError as error:
             raise BadSample("caption is not UTF-8", str(error)) from None
-        if not re.search(r"\w", caption):
+        if not words(caption):
             raise BadSample("no caption")       # without a word it would stand for no condition
         return caption
     return None

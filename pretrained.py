@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import (NETWORK, UserError, gather, load_run, make_parser, on_rank_0, parse, progress, read_clusters, read_json, read_manifest, script, start,
+from common import (NETWORK, UserError, alone, gather, load_run, make_parser, on_rank_0, parse, progress, read_clusters, read_json, read_manifest, script, start,
                     sum_over_ranks, write_text)
 from data import TarWriter, index_tar, square, to_float, to_uint8, usable
 from model import hash_words, normalise_text, words
@@ -258,58 +258,59 @@ def main():
         raise UserError(f"--captions caches a text encoder's features; this run has condition = {config.data.condition}, text.name = {config.text.name!r}")
 
     tars = read_shard(source)
-    ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
-    space = Space(config, ranks.device, clusters["networks"], os.path.join(args.run, "clusters.safetensors"))
-    space.network("autoencoder")        # found out now, if it is another one
-    about = {"fingerprint": clusters["fingerprint"], "size": config.data.size, "condition": config.data.condition, "flip": config.data.flip,
-             # a list, for pictures of several shapes: all KEY.lat here have the first one
-             "shapes": [[1 + config.data.flip, 1 + space.posterior, space.channels, space.size, space.size]],
-             "autoencoder": space.info["autoencoder"] | {"precision": resolve(config.autoencoder.precision, ranks.device)},
-             "text": space.info["text"] | {"precision": resolve(config.text.precision, ranks.device)} if args.captions else {"name": ""}}
-    old = _read_about(target) or about | {"tars": {}}       # without an old one, as if it were the same
-    if bool(old["text"]["name"]) != args.captions:
-        raise UserError(f"{target} was made with{'' if old['text']['name'] else 'out'} --captions: call it so again, or delete {target} to make it anew")
-    for key in about:
-        is_network = key in ("autoencoder", "text")
-        a, b = (identity(v[key]) | {"precision": v[key].get("precision")} if is_network else v[key] for v in (old, about))
-        if a != b:
-            shown = [label(v[key]) + f" in {v[key].get('precision')}" if is_network else repr(v[key]) for v in (old, about)]
-            raise UserError(f"{target} was made with {key} {shown[0]}, now it would be {shown[1]}: delete {target} to make it anew")
+    with alone(os.path.join(target, "lock"), target):
+        ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
+        space = Space(config, ranks.device, clusters["networks"], os.path.join(args.run, "clusters.safetensors"))
+        space.network("autoencoder")        # found out now, if it is another one
+        about = {"fingerprint": clusters["fingerprint"], "size": config.data.size, "condition": config.data.condition, "flip": config.data.flip,
+                 # a list, for pictures of several shapes: all KEY.lat here have the first one
+                 "shapes": [[1 + config.data.flip, 1 + space.posterior, space.channels, space.size, space.size]],
+                 "autoencoder": space.info["autoencoder"] | {"precision": resolve(config.autoencoder.precision, ranks.device)},
+                 "text": space.info["text"] | {"precision": resolve(config.text.precision, ranks.device)} if args.captions else {"name": ""}}
+        old = _read_about(target) or about | {"tars": {}}       # without an old one, as if it were the same
+        if bool(old["text"]["name"]) != args.captions:
+            raise UserError(f"{target} was made with{'' if old['text']['name'] else 'out'} --captions: call it so again, or delete {target} to make it anew")
+        for key in about:
+            is_network = key in ("autoencoder", "text")
+            a, b = (identity(v[key]) | {"precision": v[key].get("precision")} if is_network else v[key] for v in (old, about))
+            if a != b:
+                shown = [label(v[key]) + f" in {v[key].get('precision')}" if is_network else repr(v[key]) for v in (old, about)]
+                raise UserError(f"{target} was made with {key} {shown[0]}, now it would be {shown[1]}: delete {target} to make it anew")
 
-    mine = list(tars)[ranks.rank::ranks.world]
-    counts = torch.zeros(len(tars), dtype=torch.int64)
-    counts[ranks.rank::ranks.world] = torch.tensor([len(index_tar(os.path.join(source, name))) for name in mine], dtype=torch.int64)
-    sum_over_ranks(counts)
+        mine = list(tars)[ranks.rank::ranks.world]
+        counts = torch.zeros(len(tars), dtype=torch.int64)
+        counts[ranks.rank::ranks.world] = torch.tensor([len(index_tar(os.path.join(source, name))) for name in mine], dtype=torch.int64)
+        sum_over_ranks(counts)
 
-    def prepare():
-        largest = list(tars)[int(counts.argmax())]
-        samples, each = int(counts.sum()), estimate(os.path.join(source, largest), space, about)
-        print(f"{target}: {samples} samples of {each[0]} bytes of latents {about['shapes'][0]}, {each[1]:.0f} of token features and {each[2]:.0f} of other "
-              f"members: {samples * sum(each) / 1e9:.3g} GB, {sum(each) / 1e3:.3g} GB per million images", flush=True)
-        os.makedirs(target, exist_ok=True)
-        for name in _tars(target):
-            if name not in tars or old["tars"].get(name) != tars[name]:     # of a shard that is gone or has changed since
-                os.remove(os.path.join(target, name))
-        for torn in glob.glob(os.path.join(glob.escape(target), "*.tmp")):     # of a call that was killed
-            os.remove(torn)
-        needed = samples * sum(each) - sum(_tars(target).values())
-        if (free := shutil.disk_usage(target).free) < needed:
-            raise UserError(f"{target} needs {needed / 1e9:.3g} GB more, the disk has {free / 1e9:.3g} GB left")
-        write_text(os.path.join(target, "about.json"), json.dumps(about | {"tars": tars}, indent=1))
+        def prepare():
+            largest = list(tars)[int(counts.argmax())]
+            samples, each = int(counts.sum()), estimate(os.path.join(source, largest), space, about)
+            print(f"{target}: {samples} samples of {each[0]} bytes of latents {about['shapes'][0]}, {each[1]:.0f} of token features and {each[2]:.0f} of other "
+                  f"members: {samples * sum(each) / 1e9:.3g} GB, {sum(each) / 1e3:.3g} GB per million images", flush=True)
+            os.makedirs(target, exist_ok=True)
+            for name in _tars(target):
+                if name not in tars or old["tars"].get(name) != tars[name]:     # of a shard that is gone or has changed since
+                    os.remove(os.path.join(target, name))
+            for torn in glob.glob(os.path.join(glob.escape(target), "*.tmp")):     # of a call that was killed
+                os.remove(torn)
+            needed = samples * sum(each) - sum(_tars(target).values())
+            if (free := shutil.disk_usage(target).free) < needed:
+                raise UserError(f"{target} needs {needed / 1e9:.3g} GB more, the disk has {free / 1e9:.3g} GB left")
+            write_text(os.path.join(target, "about.json"), json.dumps(about | {"tars": tars}, indent=1))
 
-    on_rank_0(prepare)
-    bad, made = [], 0
-    mine = [name for name in mine if not os.path.exists(os.path.join(target, name))]
-    samples = dict(zip(tars, counts.tolist()))
-    bar = progress(desc=f"latents/{args.shard}, {len(mine)} tars", total=sum(samples[name] for name in mine), unit=" images")
-    for name in mine:
-        made += cache_tar(os.path.join(source, name), os.path.join(target, name), space, about, bad, bar)
-    bar.close()
-    every = gather((made, collections.Counter(error.cause for _, error in bad)))
-    if ranks.rank == 0:
-        bad = sum((b for _, b in every), collections.Counter())
-        print(f"{target}: {len(tars)} tars, {sum(_tars(target).values()) / 1e9:.3g} GB; {sum(n for n, _ in every)} samples made now"
-              + "".join(f"; {n} left out: {cause}" for cause, n in sorted(bad.items())))
+        on_rank_0(prepare)
+        bad, made = [], 0
+        mine = [name for name in mine if not os.path.exists(os.path.join(target, name))]
+        samples = dict(zip(tars, counts.tolist()))
+        bar = progress(desc=f"latents/{args.shard}, {len(mine)} tars", total=sum(samples[name] for name in mine), unit=" images")
+        for name in mine:
+            made += cache_tar(os.path.join(source, name), os.path.join(target, name), space, about, bad, bar)
+        bar.close()
+        every = gather((made, collections.Counter(error.cause for _, error in bad)))
+        if ranks.rank == 0:
+            bad = sum((b for _, b in every), collections.Counter())
+            print(f"{target}: {len(tars)} tars, {sum(_tars(target).values()) / 1e9:.3g} GB; {sum(n for n, _ in every)} samples made now"
+                  + "".join(f"; {n} left out: {cause}" for cause, n in sorted(bad.items())))
 
 
 if __name__ == "__main__":

@@ -606,11 +606,10 @@ def owned(run, name):
     if not os.path.isdir(run):
         raise UserError(f"there is no run at {run}: make it with cluster.py --run {run} --data ...")
     folder = os.path.join(run, "checkpoints", name)
-    with contextlib.ExitStack() as held:
-        if os.environ.get("RANK", "0") == "0":
-            for place in (folder, *(os.path.join(run, part) for part in ("logs", "samples", "experts"))):
-                common.try_folder(place)
-            held.enter_context(common.Lock(os.path.join(folder, "lock"), f"{name} of {run}"))
+    if os.environ.get("RANK", "0") == "0":
+        for place in (folder, *(os.path.join(run, part) for part in ("logs", "samples", "experts"))):
+            common.try_folder(place)
+    with common.alone(os.path.join(folder, "lock"), f"{name} of {run}"):
         try:
             yield
         except UserError:
