@@ -291,11 +291,12 @@ def try_file(path):
 
 BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}      # UTF-32's before UTF-16's, which they begin with
+MARKS = tuple(BOMS)
 
 
 def decode_text(payload):
     """The bytes of a text file -> str, with \n at the ends of lines. By its byte order mark, UTF-8 without one. ValueError."""
-    mark = next((mark for mark in BOMS if payload.startswith(mark)), b"")
+    mark = next(filter(payload.startswith, BOMS)) if payload.startswith(MARKS) else b""
     text = payload[len(mark):].decode(BOMS.get(mark, "utf-8"))
     if "\0" in text:
         raise ValueError("it holds zero bytes; is it UTF-16 without a byte order mark?")

@@ -26,8 +26,9 @@ import json
 import math
 import os
 import re
-import sys
+import stat
 import struct
+import sys
 import tarfile
 import time
 import zlib
@@ -248,14 +249,16 @@ def _match(pattern):
 def _check_tar(path):
     """UserError unless `path` is a file that can be read."""
     try:
-        if os.path.isdir(path):
-            raise UserError(f"{path} is a folder, though its name ends in .tar: rename it, or leave it out of --data")
-        with open(path, "rb"):
-            pass
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: mend the link, or leave it out of --data") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}: change that, or leave it out of --data") from None
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise UserError(f"{path} is {what}, though its name ends in .tar: rename it, or leave it out of --data")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"you lack the right to read {path}: change it (chmod, chown), or leave it out of --data")
 
 
 def find_tars(patterns, left=None):
@@ -307,16 +310,16 @@ class Source:
 
 def is_unchanged(path, source):
     """Whether a file has the size and the dates of a Source."""
-    stat = os.stat(path)
-    return (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) == (source.bytes, source.mtime_ns, source.ctime_ns)
+    now = os.stat(path)
+    return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (source.bytes, source.mtime_ns, source.ctime_ns)
 
 
 def read_source(path, known=None):
     """The Source of a file as it is now: `known`, where size and dates are its; else all of it is read. UserError if it cannot be read, or changes meanwhile."""
     def read():
         with open(path, "rb") as f:
-            stat = os.fstat(f.fileno())
-            return Source(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, hashlib.file_digest(f, "sha256").hexdigest())
+            now = os.fstat(f.fileno())
+            return Source(now.st_size, now.st_mtime_ns, now.st_ctime_ns, hashlib.file_digest(f, "sha256").hexdigest())
 
     if known is not None and is_unchanged(path, known):
         return known
@@ -384,12 +387,11 @@ class TarWriter:
 def _row(sample):
     """What the index says of a Sample."""
     places = [x for role in ROLES for x in sample.members.get(role, (-1, -1))]
-    return [*places, functools.reduce(_chain, (sample.heads[role] for role in ROLES if role in sample.heads), 0)]
-
-
-def _chain(check, crc):
-    """Joins the CRC-32 of one header to those of the headers before it."""
-    return (31 * check + crc) & 0xFFFFFFFF
+    check = 0       # as TarDataset.members computes it from what it reads
+    for role in ROLES:
+        if role in sample.heads:
+            check = (31 * check + sample.heads[role]) & 0xFFFFFFFF
+    return [*places, check]
 
 
 def index_tar(path, mapped=True):
@@ -398,8 +400,8 @@ def index_tar(path, mapped=True):
 
     Made once and kept beside the tar, as long as the tar's size and date stay. mapped: memory-mapped, so that all ranks share it.
     """
-    stat, file, width = os.stat(path), f"{path}.idx", 2 * len(ROLES) + 1
-    head = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns] + [0] * (width - 3), np.int64)
+    now, file, width = os.stat(path), f"{path}.idx", 2 * len(ROLES) + 1
+    head = np.array([INDEX_VERSION, now.st_size, now.st_mtime_ns] + [0] * (width - 3), np.int64)
     if os.path.exists(file) and (rows := os.path.getsize(file) // (8 * width)):
         # torch maps a file without keeping it open: a run may have more tars than a process may have open files
         table = torch.from_file(file, size=rows * width, dtype=torch.int64).numpy() if mapped else np.fromfile(file, np.int64)
@@ -665,7 +667,18 @@ class TarDataset(torch.utils.data.Dataset):
         return (p + mix(self.seed, epoch)) % n
 
     def _read(self, tar, offset, size):
-        """Bytes of a tar. A network file system may fail once, or for a while: tried again. BadSample if it stays so, or if the tar ends before."""
+        """Bytes of a tar. BadSample if they cannot be read, or if the tar ends before."""
+        try:
+            payload = os.pread(self.files[tar], size, offset)
+            self.files.move_to_end(tar)
+        except (KeyError, OSError):     # not open, or in trouble
+            payload = self._read_patiently(tar, offset, size)
+        if len(payload) < size:
+            raise BadSample("cut off")
+        return payload
+
+    def _read_patiently(self, tar, offset, size):
+        """A network file system may fail once, or for a while: tried again. BadSample if it stays so."""
         def read():
             try:
                 if tar not in self.files:
@@ -687,8 +700,6 @@ class TarDataset(torch.utils.data.Dataset):
             self.lost.add(tar)
             raise
         self.lost.discard(tar)
-        if len(payload) < size:
-            raise BadSample("cut off")
         return payload
 
     def name(self, number):
@@ -703,17 +714,18 @@ class TarDataset(torch.utils.data.Dataset):
     def members(self, number):
         """The payloads of sample `number`: {role: bytes}. BadSample if the headers before them are not those that were indexed."""
         tar = bisect.bisect_right(self.ends, number)
-        *row, wanted = self.index[tar][number - (self.ends[tar - 1] if tar else 0)].tolist()
-        places = {role: (row[2 * i], row[2 * i + 1]) for i, role in enumerate(ROLES) if row[2 * i] >= 0}
-        for role, (offset, size) in places.items():
+        row = self.index[tar][number - (self.ends[tar - 1] if tar else 0)].tolist()
+        places = [place for place in zip(ROLES, row[::2], row[1::2]) if place[1] >= 0]
+        for role, offset, size in places:
             check_size(role, size)
             if offset < 512:
                 raise BadSample(STALE)
         members, check = {}, 0
-        for role, (offset, size) in places.items():
+        for role, offset, size in places:
             blocks = self._read(tar, offset - 512, size + 512)      # with the header
-            members[role], check = blocks[512:], _chain(check, zlib.crc32(blocks[:512]))
-        if check != wanted:
+            members[role] = blocks[512:]
+            check = (31 * check + zlib.crc32(blocks[:512])) & 0xFFFFFFFF
+        if check != row[-1]:
             raise BadSample(STALE)
         return members
 
@@ -755,7 +767,8 @@ class TarDataset(torch.utils.data.Dataset):
             except BadSample as error:
                 bad.append((self.tars[bisect.bisect_right(self.ends, number)], self.name(number) or f"sample {number}", str(error)))
             if len(bad) > 100:
-                raise UserError(f"a hundred samples in a row cannot be used, the last: {': '.join(bad[-1])}")
+                raise UserError(f"a hundred samples in a row cannot be used, the last: {found.printable(': '.join(bad[-1]))}; "
+                                f"{describe_samples(bad[-1][0], bad[-1][2], self.condition)}")
             number = mix(self.seed, position, len(bad)) % len(self)
         # All that is random about a training sample, always drawn in this order: it depends on nothing but (seed, position).
         # (torch draws normal numbers twice as fast as numpy does, and they are most of the work on a sample of latents. Its generator takes 32 bits

@@ -149,7 +149,7 @@ def read_cache(run, shards, config, clusters):
             return None
         anew = f"delete {folder} and make it anew with pretrained.py, or train with --data.cached false"
         there, source = _tars(folder), os.path.join(run, "shards", shard)
-        wanted = read_shard(source) if os.path.exists(os.path.join(source, "manifest.json")) else about["tars"]
+        wanted = read_shard(source) if _tars(source) else about["tars"]
         if missing := sorted(wanted.keys() - there.keys()):
             raise UserError(f"{folder} lacks {len(missing)} of {len(wanted)} tars, {missing[0]} the first: let pretrained.py --run {run} --shard {shard} "
                             f"finish, or train with --data.cached false")

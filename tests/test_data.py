@@ -11,6 +11,7 @@ from conftest import command
 from PIL import Image
 
 import data
+import features
 from common import UserError
 from data import BadSample, TarDataset, TarWriter, decode, permute, scan_tar, square
 from training import positions
@@ -263,6 +264,18 @@ def test_the_first_of_jpg_jpeg_png_webp_is_taken_in_any_order(here):
         sample, = scan_tar("x.tar")
         assert sample.taken["image"].lower() == "jpeg" and sorted(sample.others) == ["png", "webp"] and "a." in sample.choice()
         assert TarDataset(["x.tar"], 8).members(0)["image"].lower() == b"jpeg"
+
+
+def test_a_reference_says_what_it_leaves_out(here, capsys):
+    write("x.tar", [{"png": png((i, 0, 0)), "txt": b"a cat" if i % 4 else b""} for i in range(12)])
+    (here / "y.tar.gz").write_bytes(b"x")
+    pixels, ranks = features.distance_space(SimpleNamespace(name="pixels"), None), SimpleNamespace(rank=0, world=1)
+    (statistics,), labels = features.read_reference(features.open_reference(["*"], 8, "text"), [pixels], None, "out", 4, ranks)
+    told = capsys.readouterr()
+    assert "12 samples in 1 tars; left out: 1 .tar.gz" in told.out and "3 of 12 pictures of --data are left out: no caption: 3" in told.err
+    assert statistics["count"] == 9 and (labels[0] >= 0).sum() == 9
+    with pytest.raises(UserError, match="data.condition = text uses them"):
+        features.read_reference(features.open_reference(["x.tar"], 8, "class", 5), [pixels], None, "out", 4, ranks)
 
 
 # ---- which bytes a tar has ----------------------------------------------------------------------------------------

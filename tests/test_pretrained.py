@@ -1,6 +1,7 @@
 """The frozen networks, tiny and with random weights but of the real classes: what each role computes, and the pipeline on what they make."""
 import csv
 import glob
+import hashlib
 import io
 import json
 import os
@@ -427,6 +428,11 @@ def test_a_cache_of_other_shards_is_not_used(latent_run, tmp_path):
     with data.TarWriter(str(shard)) as tar:         # a shard that has changed since
         for name, payload in list(members(latent_run / "shards" / "0").items())[:2]:
             tar.add(name, payload)
+    refused(*train, says=["shards/0 is not as its manifest says", "00001.tar", "copy it again"])
+    refused("pretrained.py", "--run", run, "--shard", 0, "--captions", says=["shards/0 is not as its manifest says"])
+    manifest = json.loads((shard.parent / "manifest.json").read_text())
+    manifest["tars"]["00001.tar"] |= {"samples": 1, "bytes": shard.stat().st_size, "sha256": hashlib.sha256(shard.read_bytes()).hexdigest()}
+    (shard.parent / "manifest.json").write_text(json.dumps(manifest))
     refused(*train, says=["latents/0/00001.tar was not made of", "--data.cached false"])
     done = command("pretrained.py", "--run", run, "--shard", 0, "--captions")
     assert ": 1 samples made now" in done.stdout.replace("; ", ": ")
@@ -438,8 +444,10 @@ def test_a_cache_of_other_shards_is_not_used(latent_run, tmp_path):
     (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"fingerprint": "0123"}))
     refused(*train, says=["clustering", "'0123'", about["fingerprint"]])
     refused("pretrained.py", "--run", run, "--shard", 0, "--captions", says=["fingerprint", "'0123'", about["fingerprint"]])
-    (run / "latents" / "0" / "about.json").write_text("{")
-    refused(*train, says=["about.json is damaged"])
+    for damage in ("{", "[]", json.dumps(about | {"size": "8"}), json.dumps(about | {"text": None}), json.dumps(about | {"shapes": []}), json.dumps(about | {"shapes": [[2]]}),
+                   json.dumps(about | {"tars": {"00001.tar": 2048}}), "[" * 100_000):
+        (run / "latents" / "0" / "about.json").write_text(damage)
+        refused(*train, says=["about.json is damaged"])
 
 
 def test_the_size_that_is_printed_is_the_size_on_disk(latent_run, tmp_path):
