@@ -1,4 +1,5 @@
 """The frozen networks, tiny and with random weights but of the real classes: what each role computes, and the pipeline on what they make."""
+import contextlib
 import csv
 import glob
 import hashlib
@@ -357,7 +358,8 @@ def batches(run, shard, cached):
     samples, space = training.open_shards(run, [shard], config, config.train, ranks, common.read_clusters(run), labelled=shard == "router")
     loader = iter([data.collate([samples[p] for p in range(first, first + 16)]) for first in range(0, 48, 16)])
     state = SimpleNamespace(sums=torch.zeros(5), warned=0, ranks=ranks, synchronise_gradients=lambda now: None)
-    return list(training._Step(state, loader, space, 3, 1, None).batches())
+    stopping = SimpleNamespace(wait=contextlib.nullcontext)
+    return list(training._Step(state, loader, space, stopping, micro_batches=3, share=1, autocast=None).batches())
 
 
 @pytest.mark.parametrize("shard", ["0", "router"])
