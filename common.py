@@ -221,10 +221,15 @@ def end(code, text, after=0):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(code)
     sys.stdout.flush()
-    # decoding processes ignore signals, and os._exit calls nothing that would end them
+    kill_children()
+    os._exit(code)
+
+
+def kill_children():
+    """Ends decoding processes, which ignore signals; without torch's handler of such deaths, which would have another word."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
-    os._exit(code)
 
 
 # ---- what the file system refuses -----------------------------------------------------------------------------------

@@ -503,7 +503,7 @@ def steps(state, data, space, config, shown, profile=False):
     workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, cores() // local_world() - 1))
     # a fork shares the index; and when this process fails, nobody else stops decoding processes that ignore signals
     fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
-    atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
+    atexit.register(common.kill_children)
     cuda = ranks.device.type == "cuda"
     check_shared_memory(data, state.step * batch, micro, workers)
     stopping = _Stopping()
