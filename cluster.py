@@ -61,21 +61,34 @@ FEATURES = {"identity": dict, "source": SOURCE, "images": int, "skipped": [list]
 
 
 def extract(path, target, prepare, function, info, config, bar, again=True):
-    """Writes `target`: features [n,D] f16 of the usable samples of one tar, in its order, where each sample's bytes are, and a checksum of its key.
+    """Writes `target`: features [n,D] f16 of the usable samples of one tar, in its order, where
+    each sample's bytes are, and a checksum of its key.
 
-    A file of the same bytes, features and condition stays as it is, unless a sample that was skipped can be used now (again: look).
-    -> whether it was made.
+    A file of the same bytes, features and condition stays as it is, unless a sample that was
+    skipped can be used now (again: look). -> whether it was made.
     """
-    identity = {"extractor": networks.identity(info), "condition": config.data.condition, "classes": config.data.classes}
+    identity = {
+        "extractor": networks.identity(info),
+        "condition": config.data.condition,
+        "classes": config.data.classes,
+    }
     about = current(path, target)
-    if about and about["identity"] == identity and not (again and any(is_mended(path, row, config.data) for row in about["skipped"])):
+    if (
+        about
+        and about["identity"] == identity
+        and not (again and any(is_mended(path, row, config.data) for row in about["skipped"]))
+    ):
         return False
     features, places, images, bad, notes, several = [], [], [], [], Notes(), [0]
     with ThreadPoolExecutor(1) as beside:
-        source = beside.submit(read_source, path)       # the digest: hashing lets go of the interpreter
+        source = beside.submit(read_source, path)  # the digest: hashing lets go of the interpreter
         for sample, _, _, image in usable(path, prepare, 256, config.data, bad, notes):
             if "cluster" in sample.members:
-                raise UserError(f"{path} says which cluster its samples are in: it is a shard of a run; --data takes the tars that a run is made of", local=True)
+                raise UserError(
+                    f"{path} says which cluster its samples are in: it is a shard of a run; "
+                    "--data takes the tars that a run is made of",
+                    local=True,
+                )
             images.append(image)
             places.append((sample.start, sample.end - sample.start, checksum(sample.key)))
             if sample.others:
@@ -89,11 +102,28 @@ def extract(path, target, prepare, function, info, config, bar, again=True):
     features = np.concatenate(features + [function(images)]).astype(np.float16)
     bar.update(len(images))
     offsets, lengths, keys = np.array(places, np.int64).reshape(-1, 3).T.copy()
-    skipped = [[sample.key, error.cause, error.detail, sample.start, sample.end - sample.start] for sample, error in bad]
-    left = {"of samples with several images all but one": several, "members whose names begin with a dot, or in folders like __MACOSX": [notes.hidden],
-            "the rest of tars that are cut off or damaged": [int(bool(notes.torn)), f"{path}: {notes.torn}"]}
-    about = {"identity": identity, "source": vars(source), "images": len(features), "skipped": skipped, "left": {words: n for words, n in left.items() if n[0]}}
-    write_features(target, about, {"features": features, "offsets": offsets, "lengths": lengths, "keys": keys})
+    skipped = [
+        [sample.key, error.cause, error.detail, sample.start, sample.end - sample.start]
+        for sample, error in bad
+    ]
+    left = {
+        "of samples with several images all but one": several,
+        "members whose names begin with a dot, or in folders like __MACOSX": [notes.hidden],
+        "the rest of tars that are cut off or damaged": [
+            int(bool(notes.torn)),
+            f"{path}: {notes.torn}",
+        ],
+    }
+    about = {
+        "identity": identity,
+        "source": vars(source),
+        "images": len(features),
+        "skipped": skipped,
+        "left": {words: n for words, n in left.items() if n[0]},
+    }
+    write_features(
+        target, about, {"features": features, "offsets": offsets, "lengths": lengths, "keys": keys}
+    )
     return True
 
 
@@ -107,7 +137,8 @@ def write_features(target, about, tensors):
 
 
 def current(path, target):
-    """What the features file `target` says, if it was made of the tar's bytes as they are now; None if not, if there is none, or it is damaged.
+    """What the features file `target` says, if it was made of the tar's bytes as they are now; None
+    if not, if there is none, or it is damaged.
 
     Where the tar's dates alone have changed, as in a copy, its digest is computed, once.
     """
@@ -128,7 +159,9 @@ def current(path, target):
 
 
 def is_mended(path, row, settings):
-    """Whether a sample that was skipped can be used now: the disk works again, Pillow is another, or it is another sample."""
+    """Whether a sample that was skipped can be used now: the disk works again, Pillow is another,
+    or it is another sample.
+    """
     key, cause, _, offset, length = row
     if cause.endswith("too large"):
         return False
@@ -139,7 +172,9 @@ def is_mended(path, row, settings):
         return False
     try:
         sample = next(scan_tar(path, file=io.BytesIO(blocks + bytes(1024))))
-        members = {role: blocks[place:place + size] for role, (place, size) in sample.members.items()}
+        members = {
+            role: blocks[place : place + size] for role, (place, size) in sample.members.items()
+        }
         check_members(members, 256, settings)
         return True
     except BadSample:
@@ -154,16 +189,24 @@ def _read(file, offset, size):
 
 
 def read_metadata(path):
-    """What a features file says of itself (FEATURES). UserError if it is damaged, or there is none."""
+    """What a features file says of itself (FEATURES). UserError if it is damaged, or there is none.
+    """
     try:
         about = read_description(path, FEATURES)
         with safe_open(path, framework="np") as f:
-            shapes = {name: f.get_slice(name).get_shape() for name in ("features", "offsets", "lengths", "keys")}
-        if any(shape[0] != about["images"] for shape in shapes.values()) or any(len(row) != 5 for row in about["skipped"]):
+            shapes = {
+                name: f.get_slice(name).get_shape()
+                for name in ("features", "offsets", "lengths", "keys")
+            }
+        if any(shape[0] != about["images"] for shape in shapes.values()) or any(
+            len(row) != 5 for row in about["skipped"]
+        ):
             raise ValueError(f"it holds other tensors than {about['images']} rows")
         return about
-    except Exception as error:      # safetensors raises its own kinds
-        raise UserError(f"{path} is damaged, or none of ours ({error}): delete it to make it anew") from None
+    except Exception as error:  # safetensors raises its own kinds
+        raise UserError(
+            f"{path} is damaged, or none of ours ({error}): delete it to make it anew"
+        ) from None
 
 
 # ---- clusters -----------------------------------------------------------------------------------------------------
@@ -241,7 +284,7 @@ def first_key(blocks):
     """The key that a sample's bytes begin with. ValueError if they are no header."""
     try:
         header = tarfile.TarInfo.frombuf(blocks[:512], "utf-8", "surrogateescape")
-        if not header.isreg():      # a long name, before the header itself
+        if not header.isreg():  # a long name, before the header itself
             with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", encoding="utf-8") as tar:
                 header = tar.next()
         return split_name(header.name)[0]
@@ -250,19 +293,23 @@ def first_key(blocks):
 
 
 def partition(path, name, folders, manifests, features_file, clusters, for_router, config):
-    """Copies the samples of one tar to the shards of their clusters, and those with the numbers for_router to the router's, too.
+    """Copies the samples of one tar to the shards of their clusters, and those with the numbers
+    for_router to the router's, too.
 
-    folders: RUN/shards/0, 1, ..., router. -> what the manifest of each is to say of its part of the tar. UserError if the tar is
-    not the one that the features were made of.
+    folders: RUN/shards/0, 1, ..., router. -> what the manifest of each is to say of its part of the
+    tar. UserError if the tar is not the one that the features were made of.
     """
     targets = [os.path.join(folder, f"{name}.tar") for folder in folders]
     source = Source(**read_metadata(features_file)["source"])
     if all(map(os.path.exists, targets)):
-        return [manifest["tars"].get(f"{name}.tar") or describe_tar(target) | {"source": source.sha256} for manifest, target in zip(manifests, targets)]
+        return [
+            manifest["tars"].get(f"{name}.tar") or describe_tar(target) | {"source": source.sha256}
+            for manifest, target in zip(manifests, targets)
+        ]
     table, for_router = load_file(features_file), set(for_router.tolist())
     labels = assign(table["features"], name, clusters, config).tolist()
     check_unchanged(path, source)
-    with contextlib.ExitStack() as stack:       # a shard appears when it is whole
+    with contextlib.ExitStack() as stack:  # a shard appears when it is whole
         file = stack.enter_context(open(path, "rb"))
         writers = [stack.enter_context(TarWriter(target)) for target in targets]
         rows = zip(*(table[column].tolist() for column in ("offsets", "lengths", "keys")), labels)
@@ -273,22 +320,40 @@ def partition(path, name, folders, manifests, features_file, clusters, for_route
             except ValueError:
                 key = None
             if key is None or checksum(key) != meant:
-                raise UserError(f"{path} is not what {features_file} was made of: at byte {offset} is {key or 'no header'}. If the tar has been replaced, use another "
-                                f"--run; if not, delete {features_file} and run the same command again", local=True)
+                raise UserError(
+                    f"{path} is not what {features_file} was made of: at byte {offset} is "
+                    f"{key or 'no header'}. If the tar has been replaced, use another "
+                    f"--run; if not, delete {features_file} and run the same command again",
+                    local=True,
+                )
             writers[k].add_raw(blocks)
             if i in for_router:
                 writers[-1].add_raw(blocks)
                 writers[-1].add(f"{key}.cluster", str(k).encode())
         check_unchanged(path, source)
     counts = [labels.count(k) for k in range(config.cluster.experts)] + [len(for_router)]
-    return [{"samples": n, "bytes": writer.bytes, "sha256": writer.digest.hexdigest(), "source": source.sha256} for n, writer in zip(counts, writers)]
+    return [
+        {
+            "samples": n,
+            "bytes": writer.bytes,
+            "sha256": writer.digest.hexdigest(),
+            "source": source.sha256,
+        }
+        for n, writer in zip(counts, writers)
+    ]
 
 
 def write_manifests(folders, manifests, mark, parts):
-    """parts: {name of a tar: what partition says of it}; they join what is in the manifests already."""
+    """parts: {name of a tar: what partition says of it}; they join what is in the manifests
+    already.
+    """
     for i, (folder, manifest) in enumerate(zip(folders, manifests)):
         tars = manifest["tars"] | {f"{name}.tar": entries[i] for name, entries in parts.items()}
-        about = {"fingerprint": mark, "shard": os.path.basename(folder), "tars": dict(sorted(tars.items()))}
+        about = {
+            "fingerprint": mark,
+            "shard": os.path.basename(folder),
+            "tars": dict(sorted(tars.items())),
+        }
         write_text(os.path.join(folder, "manifest.json"), json.dumps(about, indent=1))
         manifest["tars"] = tars
 
@@ -302,32 +367,54 @@ def read_manifests(folders, mark):
 
 
 def check_skipped(run, tars, about, left, config, ranks):
-    """Lists the samples that cannot be used in RUN/logs/cluster.skipped.csv, and counts what is not used. UserError if it is too much.
+    """Lists the samples that cannot be used in RUN/logs/cluster.skipped.csv, and counts what is not
+    used. UserError if it is too much.
 
     tars: {name: path}; about: what the features file of each says; left: what find_tars left out.
     """
-    rows = [(name, key, cause, detail) for name, a in zip(tars, about) for key, cause, detail, *_ in a["skipped"]]
+    rows = [
+        (name, key, cause, detail)
+        for name, a in zip(tars, about)
+        for key, cause, detail, *_ in a["skipped"]
+    ]
     images, most = sum(a["images"] for a in about), config.data.max_bad
     causes = collections.Counter(cause for _, _, cause, _ in rows)
     counted = ", ".join(f"{cause}: {n}" for cause, n in sorted(causes.items()))
     path = os.path.join(run, "logs", "cluster.skipped.csv")
     if ranks.rank == 0:
-        print(f"{images} images in {len(tars)} tars" + (f"; {len(rows)} skipped ({path}): {counted}" if rows else "") + left_out(about, left), flush=True)
+        print(
+            f"{images} images in {len(tars)} tars"
+            + (f"; {len(rows)} skipped ({path}): {counted}" if rows else "")
+            + left_out(about, left),
+            flush=True,
+        )
         write_skipped(path, tars, rows)
     if not images and tars:
-        raise UserError(f"no usable image: {counted}{'; ' if rows else ''}{first_skipped(tars, rows, causes, config)}{left_out([], left)}")
+        raise UserError(
+            "no usable image: "
+            f"{counted}{'; ' if rows else ''}{first_skipped(tars, rows, causes, config)}{left_out([], left)}"
+        )
     if len(rows) > 10 and len(rows) > most * (images + len(rows)):
-        raise UserError(f"{len(rows)} of {images + len(rows)} samples cannot be used, more than data.max_bad = {most} of them ({counted}): see {path}, or allow more; "
-                        f"{first_skipped(tars, rows, causes, config)}")
+        raise UserError(
+            f"{len(rows)} of {images + len(rows)} samples cannot be used, more than data.max_bad "
+            f"= {most} of them ({counted}): see {path}, or allow more; "
+            f"{first_skipped(tars, rows, causes, config)}"
+        )
 
 
 def left_out(about, left):
-    """'; left out: ...': what of --data and of its tars is not used, besides the samples that are skipped."""
+    """'; left out: ...': what of --data and of its tars is not used, besides the samples that are
+    skipped.
+    """
     every = collections.defaultdict(list)
     for a in about:
         for words, counted in a["left"].items():
             every[words].append(counted)
-    words = [f"{words}: {sum(n for n, *_ in counted)}" + (f" ({first[0]})" if (first := counted[0][1:]) else "") for words, counted in every.items()]
+    words = [
+        f"{words}: {sum(n for n, *_ in counted)}"
+        + (f" ({first[0]})" if (first := counted[0][1:]) else "")
+        for words, counted in every.items()
+    ]
     return "; left out: " + ", ".join(words) if (words := [*left, *words]) else ""
 
 
@@ -337,7 +424,10 @@ def first_skipped(tars, rows, causes, config):
         return describe_samples(next(iter(tars.values())), "", config.data.condition)
     most = causes.most_common(1)[0][0]
     name, key, cause, detail = next(row for row in rows if row[2] == most)
-    return f"the first: {found.printable(key)} ({cause}{': ' if detail else ''}{detail}); {describe_samples(tars[name], cause, config.data.condition)}"
+    return (
+        f"the first: {found.printable(key)} ({cause}{': ' if detail else ''}{detail}); "
+        f"{describe_samples(tars[name], cause, config.data.condition)}"
+    )
 
 
 def write_skipped(path, tars, rows):
@@ -348,8 +438,13 @@ def write_skipped(path, tars, rows):
             before = [tuple(row) for row in list(csv.reader(f))[1:] if row and row[0] not in tars]
     if not rows and not before:
         return
-    rows = [(name, key, f"{cause}: {detail}" if detail else cause) for name, key, cause, detail in rows]
-    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="replace") as f:
+    rows = [
+        (name, key, f"{cause}: {detail}" if detail else cause) for name, key, cause, detail in rows
+    ]
+    with (
+        atomic(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="replace") as f,
+    ):
         csv.writer(f).writerows([("tar", "sample", "cause"), *before, *rows])
 
 
@@ -396,47 +491,75 @@ def read_old(path):
     try:
         return read_description(path, CLUSTERING)
     except ValueError as error:
-        raise UserError(f"{path} is damaged, or of another version ({error}): bring it back, or use another --run") from None
+        raise UserError(
+            f"{path} is damaged, or of another version ({error}): bring it back, or use another "
+            "--run"
+        ) from None
 
 
 def recorded_sources(manifests):
     """{name: SHA-256} of the tars that a partition was made of."""
-    return {file[:-4]: entry["source"] for manifest in manifests for file, entry in manifest["tars"].items()}
+    return {
+        file[:-4]: entry["source"]
+        for manifest in manifests
+        for file, entry in manifest["tars"].items()
+    }
 
 
 def check_sources(run, tars, features, manifests, old, append, ranks):
-    """UserError unless the tars have the bytes that the run was clustered from. The ranks share the work, which is little where no date has changed.
+    """UserError unless the tars have the bytes that the run was clustered from. The ranks share the
+    work, which is little where no date has changed.
 
-    old: what read_old says; features: {name: its file}; append: look only at tars that the partition has.
+    old: what read_old says; features: {name: its file}; append: look only at tars that the
+    partition has.
     """
     meant = recorded_sources(manifests)
     names = [name for name in tars if name in meant or not append]
     mine = {}
-    for name in names[ranks.rank::ranks.world]:
+    for name in names[ranks.rank :: ranks.world]:
         about = current(tars[name], features[name])
         mine[name] = about["source"]["sha256"] if about else read_source(tars[name]).sha256
     sources = {name: digest for part in gather(mine) for name, digest in part.items()}
     changed = [name for name, digest in sources.items() if name in meant and digest != meant[name]]
     if changed and append:
-        raise UserError(f"{tars[changed[0]]} is named like a tar that the partition has, but holds other bytes: it has changed, or is another one. "
-                        f"Rename it, its shards are named after it, or use another --run")
+        raise UserError(
+            f"{tars[changed[0]]} is named like a tar that the partition has, but holds other "
+            "bytes: it has changed, or is another one. "
+            f"Rename it, its shards are named after it, or use another --run"
+        )
     if append or name_inputs(sources) == old["inputs"]:
         return
-    if not changed:     # without manifests, since the partition was interrupted
-        changed = [name for name in names if os.path.exists(features[name]) and not current(tars[name], features[name])]
+    if not changed:  # without manifests, since the partition was interrupted
+        changed = [
+            name
+            for name in names
+            if os.path.exists(features[name]) and not current(tars[name], features[name])
+        ]
     if changed:
-        raise UserError(f"{tars[changed[0]]} has changed since {run} was clustered" + (f", and {len(changed) - 1} more" if len(changed) > 1 else "")
-                        + ": bring it back as it was, use another --run, or give what has changed another name and --append it")
-    raise UserError(f"{run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another --run, or --append to add new tars to it")
+        raise UserError(
+            f"{tars[changed[0]]} has changed since {run} was clustered"
+            + (f", and {len(changed) - 1} more" if len(changed) > 1 else "")
+            + ": bring it back as it was, use another --run, or give what has changed another "
+            "name and --append it"
+        )
+    raise UserError(
+        f"{run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another "
+        "--run, or --append to add new tars to it"
+    )
 
 
 def not_there(tars, manifests):
     """Those of {name: path} that the partition does not have."""
-    return {name: path for name, path in tars.items() if not all(f"{name}.tar" in manifest["tars"] for manifest in manifests)}
+    return {
+        name: path
+        for name, path in tars.items()
+        if not all(f"{name}.tar" in manifest["tars"] for manifest in manifests)
+    }
 
 
 def forget_shards(name, folders, manifests):
-    """Removes what an interrupted call has made of a tar whose features have been made anew since."""
+    """Removes what an interrupted call has made of a tar whose features have been made anew since.
+    """
     for folder, manifest in zip(folders, manifests):
         path = os.path.join(folder, f"{name}.tar")
         if f"{name}.tar" not in manifest["tars"] and os.path.exists(path):

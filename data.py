@@ -40,11 +40,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import found
-from common import UserError, atomic, cores, decode_text, gather, make_parser, parse, progress, read_json, script, write_text
+from common import (UserError, atomic, cores, decode_text, gather, make_parser, parse, progress,
+                    read_json, script, write_text)
 from model import normalise_text, words
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp")     # of several images of one key the first of these is taken
-LEFTOVERS = ("__MACOSX", ".AppleDouble", "@eaDir", ".ipynb_checkpoints")       # folders that systems leave in a tar
+# of several images of one key the first of these is taken
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp")
+# folders that systems leave in a tar
+LEFTOVERS = ("__MACOSX", ".AppleDouble", "@eaDir", ".ipynb_checkpoints")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")      # whatever the name says; not EPS, for which Pillow starts Ghostscript
 ROLES = ("image", "txt", "cls", "cluster", "lat", "tok")        # the members of a sample that training reads
 INDEX_VERSION = 3
@@ -56,7 +59,9 @@ STALE = "not what the tar's index says (the tar was replaced: delete its .idx)"
 
 
 class BadSample(Exception):
-    """A sample that cannot be used. cause: one of a few, by which they are counted; detail: what else is known of this one."""
+    """A sample that cannot be used. cause: one of a few, by which they are counted; detail: what
+    else is known of this one.
+    """
 
     def __init__(self, cause, detail=""):
         super().__init__(f"{cause}: {detail}" if detail else cause)
@@ -86,17 +91,23 @@ def check_size(role, size):
 @dataclass
 class Sample:
     key: str
-    start: int                                      # its members' bytes in the tar, headers and padding included
+    # its members' bytes in the tar, headers and padding included
+    start: int
     end: int = 0
-    members: dict = field(default_factory=dict)     # role or extension -> (offset, size) of the payload
-    heads: dict = field(default_factory=dict)       # the same -> CRC-32 of the block before the payload, which names and sizes it
-    taken: dict = field(default_factory=dict)       # the same -> the extension as it is written
-    others: list = field(default_factory=list)      # extensions that are left out: a second image
+    # role or extension -> (offset, size) of the payload
+    members: dict = field(default_factory=dict)
+    # the same -> CRC-32 of the block before the payload, which names and sizes it
+    heads: dict = field(default_factory=dict)
+    taken: dict = field(default_factory=dict)  # the same -> the extension as it is written
+    others: list = field(default_factory=list)  # extensions that are left out: a second image
 
     def add(self, extension, place, head):
-        """A member joins the sample. Of two for one role, the first of IMAGE_TYPES is taken, whatever their order."""
+        """A member joins the sample. Of two for one role the first of IMAGE_TYPES is taken."""
         role = role_of(extension)
-        rank = lambda name: (IMAGE_TYPES.index(name.lower()) if role == "image" else 0, name != name.lower())
+        rank = lambda name: (
+            IMAGE_TYPES.index(name.lower()) if role == "image" else 0,
+            name != name.lower(),
+        )
         if role in self.members:
             first, second = sorted((self.taken[role], extension), key=rank)
             self.others.append(second)
@@ -117,12 +128,15 @@ def role_of(extension):
 @dataclass
 class Notes:
     """What scan_tar leaves out of a tar."""
-    hidden: int = 0         # members whose names begin with a dot, and the like
-    torn: str = ""          # why the tar ends early
+
+    hidden: int = 0  # members whose names begin with a dot, and the like
+    torn: str = ""  # why the tar ends early
 
 
 def split_name(name):
-    """A member's name -> (key, extension), the key up to the first dot of the base name. None for what systems leave in a tar: ._NAME, .DS_Store, __MACOSX/."""
+    """A member's name -> (key, extension), the key up to the first dot of the base name. None for
+    what systems leave in a tar: ._NAME, .DS_Store, __MACOSX/.
+    """
     while name.startswith("./"):
         name = name[2:]
     folder, base = os.path.split(name)
@@ -148,10 +162,12 @@ class _Header(tarfile.TarInfo):
 
 
 def scan_tar(path, notes=None, file=None):
-    """Yields the Samples of a tar in its order, reading headers only. A tar that is cut short, or damaged, gives its whole samples before that and a warning.
+    """Yields the Samples of a tar in its order, reading headers only. A tar that is cut short, or
+    damaged, gives its whole samples before that and a warning.
 
-    A second member of the same name begins another sample. Nothing is ever extracted: names are names, not paths. notes: a Notes to
-    be filled; file: the tar's bytes, open, where they are not at `path`. OSError where the file system fails.
+    A second member of the same name begins another sample. Nothing is ever extracted: names are
+    names, not paths. notes: a Notes to be filled; file: the tar's bytes, open, where they are not
+    at `path`. OSError where the file system fails.
     """
     sample, torn, names, opened = None, "it does not end as a tar does", set(), False
     notes = notes if notes is not None else Notes()
@@ -162,10 +178,11 @@ def scan_tar(path, notes=None, file=None):
         with tarfile.open(path, "r:", file, encoding="utf-8", tarinfo=_Header) as tar:
             opened = True
             for member in tar:
-                tar.members = []        # tarfile would keep them all
-                if member.size < 0 or tar.offset <= member.offset:      # it would read in circles
+                tar.members = []  # tarfile would keep them all
+                if member.size < 0 or tar.offset <= member.offset:  # it would read in circles
                     raise tarfile.ReadError("a member has an impossible size")
-                if not member.isfile() or member.issparse():        # of a sparse file the tar holds other bytes than its size says
+                # of a sparse file the tar holds other bytes than its size says
+                if not member.isfile() or member.issparse():
                     continue
                 named = split_name(member.name)
                 if named is None:
@@ -182,28 +199,36 @@ def scan_tar(path, notes=None, file=None):
                 sample.add(extension, (member.offset_data, member.size), member.crc)
                 sample.end = member.offset_data + -(-member.size // 512) * 512
             tar.fileobj.seek(tar.offset)
-            rest = tar.fileobj.read(1 << 20)        # nothing but empty blocks: a hole, or another tar, would end it, too
+            # nothing but empty blocks: a hole, or another tar, would end it, too
+            rest = tar.fileobj.read(1 << 20)
             if len(rest) >= 512 and rest.count(0) == len(rest):
                 torn = ""
     except OSError:
-        raise       # the file system's fault, not the tar's: what is read now would pass for the whole
-    except Exception as error:      # tarfile raises more than its own kinds on a hostile header
+        raise  # the file system's fault, not the tar's: what is read now would pass for the whole
+    except Exception as error:  # tarfile raises more than its own kinds on a hostile header
         torn = str(error) or type(error).__name__
-    if torn:    # the last sample may lack members: not whole
+    if torn:  # the last sample may lack members: not whole
         other = "" if opened or file else found.file_format(path)
-        notes.torn = f"it is no tar, but {other}" if other else torn if opened else f"it is no tar ({torn})"
-        print(f"warning: {path}: {notes.torn}" + ("; its whole samples are used" if opened else ""), file=sys.stderr)
+        notes.torn = torn if opened else f"it is no tar ({torn})"
+        if other:
+            notes.torn = f"it is no tar, but {other}"
+        print(
+            f"warning: {path}: {notes.torn}" + ("; its whole samples are used" if opened else ""),
+            file=sys.stderr,
+        )
     elif sample is not None:
         yield sample
 
 
 def scan_patiently(path, notes=None):
-    """scan_tar for a file system that fails for a while: goes on where it was. UserError if it stays so."""
+    """scan_tar for a file system that fails for a while: goes on where it was. UserError if it
+    stays so.
+    """
     done, waits = 0, iter(RETRY)
     while True:
         try:
             if notes is not None:
-                notes.hidden = 0        # counted anew
+                notes.hidden = 0  # counted anew
             for sample in itertools.islice(scan_tar(path, notes), done, None):
                 done += 1
                 yield sample
@@ -211,13 +236,18 @@ def scan_patiently(path, notes=None):
         except OSError as error:
             wait = next(waits, None)
             if wait is None:
-                raise UserError(f"cannot read {path}: {error.strerror or error}: look at the disk or the network file system, then run the same command again",
-                                local=True) from None
+                raise UserError(
+                    f"cannot read {path}: {error.strerror or error}: look at the disk or the "
+                    "network file system, then run the same command again",
+                    local=True,
+                ) from None
             time.sleep(wait)
 
 
 def describe_samples(path, cause, condition):
-    """Words for the end of an error: what a tar holds, whose samples cannot be used because of `cause`, and the likely remedy."""
+    """Words for the end of an error: what a tar holds, whose samples cannot be used because of
+    `cause`, and the likely remedy.
+    """
     names, hidden = [], 0
     try:
         with tarfile.open(path, "r:", encoding="utf-8", tarinfo=_Header) as tar:
@@ -226,12 +256,15 @@ def describe_samples(path, cause, condition):
                 if named := split_name(member.name) if member.isfile() else ():
                     names.append(named)
                 hidden += named is None
-    except Exception:       # as in scan_tar, whose warning says why
+    except Exception:  # as in scan_tar, whose warning says why
         pass
     if names:
         return found.instead_of_samples(path, names, cause, condition)
     if hidden:
-        return f"{path} holds nothing but {hidden} files whose names begin with a dot, or in folders like __MACOSX, which are no samples"
+        return (
+            f"{path} holds nothing but {hidden} files whose names begin with a dot, or in folders "
+            "like __MACOSX, which are no samples"
+        )
     other = found.file_format(path)
     return f"{path} is {other}" if other else f"{path} is a tar without files"
 
@@ -239,11 +272,15 @@ def describe_samples(path, cause, condition):
 # ---- the tars of --data -------------------------------------------------------------------------------------------
 
 def _match(pattern):
-    """The paths that one pattern of --data stands for: itself, if there is such a path, else as a glob in which ** is any depth."""
+    """The paths that one pattern of --data stands for: itself, if there is such a path, else as a
+    glob in which ** is any depth.
+    """
     path = os.path.expanduser(pattern)
     if os.path.lexists(path):
         return [path]
-    return [] if re.match(r"[a-z][a-z0-9+.-]*://", path) else sorted(glob.glob(path, recursive=True))
+    return (
+        [] if re.match(r"[a-z][a-z0-9+.-]*://", path) else sorted(glob.glob(path, recursive=True))
+    )
 
 
 def _check_tar(path):
@@ -251,44 +288,71 @@ def _check_tar(path):
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: mend the link, or leave it out of --data") from None
+        raise UserError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: mend the link, or "
+            "leave it out of --data"
+        ) from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}: change that, or leave it out of --data") from None
+        raise UserError(
+            f"cannot read {path}: {error.strerror}: change that, or leave it out of --data"
+        ) from None
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise UserError(f"{path} is {what}, though its name ends in .tar: rename it, or leave it out of --data")
+        raise UserError(
+            f"{path} is {what}, though its name ends in .tar: rename it, or leave it out of --data"
+        )
     if not os.access(path, os.R_OK):
-        raise UserError(f"you lack the right to read {path}: change it (chmod, chown), or leave it out of --data")
+        raise UserError(
+            f"you lack the right to read {path}: change it (chmod, chown), or leave it out of "
+            "--data"
+        )
 
 
 def find_tars(patterns, left=None):
-    """{name: path} of the tars that the patterns match, sorted by name. left: a list, to which what is no tar joins in words.
+    """{name: path} of the tars that the patterns match, sorted by name. left: a list, to which what
+    is no tar joins in words.
 
-    UserError if a pattern matches no tar, if one cannot be read, or two have the same name. A tar that is found twice counts once.
+    UserError if a pattern matches no tar, if one cannot be read, or two have the same name. A tar
+    that is found twice counts once.
     """
     patterns, tars, others, same, names = [str(pattern) for pattern in patterns], {}, {}, 0, {}
     for pattern in patterns:
         matched = _match(pattern)
         if not matched:
-            raise UserError(f"no tar matches --data {pattern}: {found.instead_of_tars(os.path.expanduser(pattern), [])}")
+            raise UserError(
+                f"no tar matches --data {pattern}: "
+                f"{found.instead_of_tars(os.path.expanduser(pattern), [])}"
+            )
         tars |= dict.fromkeys(path for path in matched if path.lower().endswith(".tar"))
-        others |= dict.fromkeys(path for path in matched if not path.lower().endswith((".tar", ".tar.idx")))
+        others |= dict.fromkeys(
+            path for path in matched if not path.lower().endswith((".tar", ".tar.idx"))
+        )
     if not tars:
-        shown = " ".join(patterns[:3]) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
-        raise UserError(f"no tar matches --data {shown}: {found.instead_of_tars(patterns[0], list(others))}")
+        shown = " ".join(patterns[:3]) + (
+            f" and {len(patterns) - 3} more" if len(patterns) > 3 else ""
+        )
+        raise UserError(
+            f"no tar matches --data {shown}: {found.instead_of_tars(patterns[0], list(others))}"
+        )
     files = set()
     for path in sorted(tars, key=lambda path: (os.path.islink(path), path)):
         _check_tar(path)
-        if (file := os.path.realpath(path)) in files:       # by another link or pattern
+        if (file := os.path.realpath(path)) in files:  # by another link or pattern
             same += os.path.islink(path)
             continue
         files.add(file)
         name = os.path.basename(path)[:-4]
         if name in names:
-            raise UserError(f"two tars are named {name}.tar: {names[name]} and {path}; shards are named after them, so rename one")
+            raise UserError(
+                f"two tars are named {name}.tar: {names[name]} and {path}; shards are named after "
+                "them, so rename one"
+            )
         names[name] = path
     if left is not None and others:
-        left.append(f"{found.count_endings(others)} ({next(iter(others))} the first" + (f"; {words})" if (words := found.remedy(list(others))) else ")"))
+        left.append(
+            f"{found.count_endings(others)} ({next(iter(others))} the first"
+            + (f"; {words})" if (words := found.remedy(list(others))) else ")")
+        )
     if left is not None and same:
         left.append(f"{same} links to tars that are there already")
     return dict(sorted(names.items()))
@@ -301,25 +365,41 @@ SOURCE = {"bytes": int, "mtime_ns": int, "ctime_ns": int, "sha256": str}       #
 
 @dataclass(frozen=True)
 class Source:
-    """Which bytes a tar has: the digest. Size and dates, of contents and of inode, say when it need not be computed again."""
+    """Which bytes a tar has: the digest. Size and dates, of contents and of inode, say when it need
+    not be computed again.
+    """
+
     bytes: int
     mtime_ns: int
-    ctime_ns: int       # nothing sets it back: it tells of a tar that was replaced by one of the same size and date (cp -p, rsync -t)
+    # nothing sets it back: it tells of a tar replaced by one of the same size and date (cp -p)
+    ctime_ns: int
     sha256: str
 
 
 def is_unchanged(path, source):
     """Whether a file has the size and the dates of a Source."""
     now = os.stat(path)
-    return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (source.bytes, source.mtime_ns, source.ctime_ns)
+    return (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (
+        source.bytes,
+        source.mtime_ns,
+        source.ctime_ns,
+    )
 
 
 def read_source(path, known=None):
-    """The Source of a file as it is now: `known`, where size and dates are its; else all of it is read. UserError if it cannot be read, or changes meanwhile."""
+    """The Source of a file as it is now: `known`, where size and dates are its; else all of it is
+    read. UserError if it cannot be read, or changes meanwhile.
+    """
+
     def read():
         with open(path, "rb") as f:
             now = os.fstat(f.fileno())
-            return Source(now.st_size, now.st_mtime_ns, now.st_ctime_ns, hashlib.file_digest(f, "sha256").hexdigest())
+            return Source(
+                now.st_size,
+                now.st_mtime_ns,
+                now.st_ctime_ns,
+                hashlib.file_digest(f, "sha256").hexdigest(),
+            )
 
     if known is not None and is_unchanged(path, known):
         return known
@@ -334,7 +414,11 @@ def read_source(path, known=None):
 def check_unchanged(path, source):
     """UserError if a tar is not as it was when its Source was read."""
     if not is_unchanged(path, source):
-        raise UserError(f"{path} has changed while it was being read: run the same command again when it is complete", local=True)
+        raise UserError(
+            f"{path} has changed while it was being read: run the same command again when it is "
+            "complete",
+            local=True,
+        )
 
 
 def read_sources(paths, file, ranks):
@@ -342,12 +426,17 @@ def read_sources(paths, file, ranks):
     try:
         known = {path: Source(**entry) for path, entry in read_json(file, {str: SOURCE}).items()}
     except (OSError, ValueError, TypeError):
-        known = {}      # made anew
+        known = {}  # made anew
     names = [os.path.abspath(path) for path in paths]
-    mine = {name: read_source(name, known.get(name)) for name in names[ranks.rank::ranks.world]}
+    mine = {name: read_source(name, known.get(name)) for name in names[ranks.rank :: ranks.world]}
     every = {name: source for part in gather(mine) for name, source in part.items()}
     if ranks.rank == 0 and any(known.get(name) != source for name, source in every.items()):
-        write_text(file, json.dumps({name: vars(source) for name, source in sorted((known | every).items())}, indent=1))
+        write_text(
+            file,
+            json.dumps(
+                {name: vars(source) for name, source in sorted((known | every).items())}, indent=1
+            ),
+        )
     return [every[name] for name in names]
 
 
@@ -387,7 +476,7 @@ class TarWriter:
 def _row(sample):
     """What the index says of a Sample."""
     places = [x for role in ROLES for x in sample.members.get(role, (-1, -1))]
-    check = 0       # as TarDataset.members computes it from what it reads
+    check = 0  # as TarDataset.members computes it from what it reads
     for role in ROLES:
         if role in sample.heads:
             check = (31 * check + sample.heads[role]) & 0xFFFFFFFF
@@ -395,17 +484,22 @@ def _row(sample):
 
 
 def index_tar(path, mapped=True):
-    """[n, 2 * len(ROLES) + 1] int64: offset and size of each sample's members, in the order of ROLES, -1 where there is none; and a checksum
-    of their headers, which every read compares.
+    """[n, 2 * len(ROLES) + 1] int64: offset and size of each sample's members, in the order of
+    ROLES, -1 where there is none; and a checksum of their headers, which every read compares.
 
-    Made once and kept beside the tar, as long as the tar's size and date stay. mapped: memory-mapped, so that all ranks share it.
+    Made once and kept beside the tar, as long as the tar's size and date stay. mapped: memory-
+    mapped, so that all ranks share it.
     """
     now, file, width = os.stat(path), f"{path}.idx", 2 * len(ROLES) + 1
     head = np.array([INDEX_VERSION, now.st_size, now.st_mtime_ns] + [0] * (width - 3), np.int64)
     if os.path.exists(file) and (rows := os.path.getsize(file) // (8 * width)):
         # torch maps a file without keeping it open: a run may have more tars than a process may have open files
-        table = torch.from_file(file, size=rows * width, dtype=torch.int64).numpy() if mapped else np.fromfile(file, np.int64)
-        table = table[:rows * width].reshape(rows, width)
+        table = (
+            torch.from_file(file, size=rows * width, dtype=torch.int64).numpy()
+            if mapped
+            else np.fromfile(file, np.int64)
+        )
+        table = table[: rows * width].reshape(rows, width)
         if np.array_equal(table[0], head):
             return table[1:]
     try:
@@ -417,25 +511,33 @@ def index_tar(path, mapped=True):
         with atomic(file) as temporary:
             np.concatenate([head[None], table]).tofile(temporary)
     except OSError:
-        pass    # a read-only folder: indexed again next time
+        pass  # a read-only folder: indexed again next time
     return table
 
 
 # ---- images -------------------------------------------------------------------------------------------------------
 
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}       # by EXIF's orientation
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation
 
 
 def decode(payload, least=0):
-    """Bytes of a picture -> PIL image, RGB, upright, transparency on white. BadSample if it cannot be decoded.
+    """Bytes of a picture -> PIL image, RGB, upright, transparency on white. BadSample if it cannot
+    be decoded.
 
-    least: a JPEG may be decoded at a fraction of its size, as long as its sides stay this long. Metadata that Pillow refuses (too
-    large, damaged) costs no picture.
+    least: a JPEG may be decoded at a fraction of its size, as long as its sides stay this long.
+    Metadata that Pillow refuses (too large, damaged) costs no picture.
     """
     try:
         return _decode(payload, least)
-    except Exception as error:      # Pillow's decoders raise whatever they like
+    except Exception as error:  # Pillow's decoders raise whatever they like
         cause = f"undecodable ({type(error).__name__})"
         words = re.sub(r" ?<.*>", "", " ".join(str(error).split()))[:200]
     bare = _without_metadata(payload)
@@ -449,18 +551,19 @@ def decode(payload, least=0):
 
 def _decode(payload, least):
     image = Image.open(io.BytesIO(payload), formats=FORMATS)
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow would only warn, up to twice as many
+    # Pillow would only warn, up to twice as many
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     if least:
         image.draft("RGB", (least, least))
     image.load()
     try:
         turn = UPRIGHT.get(image.getexif().get(0x0112))
-    except Exception:       # EXIF that cannot be read says nothing of an orientation
+    except Exception:  # EXIF that cannot be read says nothing of an orientation
         turn = None
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode.startswith("I"):      # 16 bits, which Pillow would cut off at 255
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -469,25 +572,34 @@ def _decode(payload, least):
 
 
 def _without_metadata(payload):
-    """A PNG or JPEG without what its pixels do not need: texts, colour profile, thumbnails. The orientation stays, where it is intact."""
+    """A PNG or JPEG without what its pixels do not need: texts, colour profile, thumbnails. The
+    orientation stays, where it is intact.
+    """
     kept, at = [], 0
     try:
         if payload.startswith(b"\x89PNG"):
             at = 8
             while at < len(payload):
                 length, kind = struct.unpack_from(">I4s", payload, at)
-                chunk = payload[at:at + 12 + length]
-                intact = len(chunk) == 12 + length and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-                if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") and intact:     # capitals: what every decoder needs
+                chunk = payload[at : at + 12 + length]
+                intact = len(chunk) == 12 + length and zlib.crc32(chunk[4:-4]) == int.from_bytes(
+                    chunk[-4:], "big"
+                )
+                # capitals: what every decoder needs
+                if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") and intact:
                     kept.append(chunk)
                 at += 12 + length
             return payload[:8] + b"".join(kept)
         if payload.startswith(b"\xff\xd8\xff"):
             at = 2
-            while payload[at] == 0xFF and payload[at + 1] != 0xDA:      # until the pixels begin
+            while payload[at] == 0xFF and payload[at + 1] != 0xDA:  # until the pixels begin
                 kind, length = struct.unpack_from(">xBH", payload, at)
-                if kind not in range(0xE1, 0xEE) and kind != 0xFE or payload[at + 4:at + 10] == b"Exif\0\0":
-                    kept.append(payload[at:at + 2 + length])
+                if (
+                    kind not in range(0xE1, 0xEE)
+                    and kind != 0xFE
+                    or payload[at + 4 : at + 10] == b"Exif\0\0"
+                ):
+                    kept.append(payload[at : at + 2 + length])
                 at += 2 + length
             return payload[:2] + b"".join(kept) + payload[at:]
     except (struct.error, IndexError):
@@ -504,7 +616,9 @@ def square(image, size, where=(0.5, 0.5), mirror=False):
 
 
 def check_condition(members, condition, classes=0):
-    """The condition of a sample from its members {role: bytes}: None, a class number or a caption. BadSample if it is missing."""
+    """The condition of a sample from its members {role: bytes}: None, a class number or a caption.
+    BadSample if it is missing.
+    """
     if condition == "class":
         if not members.get("cls", b"").strip():
             raise BadSample("no class")
@@ -530,7 +644,9 @@ def check_condition(members, condition, classes=0):
 
 
 def check_members(members, least, settings):
-    """-> (condition, PIL image) of a sample's members {role: bytes}. BadSample if it cannot be used. least: as in decode; settings: the config's [data]."""
+    """-> (condition, PIL image) of a sample's members {role: bytes}. BadSample if it cannot be
+    used. least: as in decode; settings: the config's [data].
+    """
     condition = check_condition(members, settings.condition, settings.classes)
     if "image" not in members:
         raise BadSample("no image")
@@ -538,26 +654,39 @@ def check_members(members, least, settings):
 
 
 def usable(path, prepare, least, settings, bad, notes=None):
-    """Yields (Sample, {extension: payload}, condition, prepare(image)) of a tar's usable samples, in its order; appends (Sample, BadSample) of the others to bad.
+    """Yields (Sample, {extension: payload}, condition, prepare(image)) of a tar's usable samples,
+    in its order; appends (Sample, BadSample) of the others to bad.
 
-    Threads decode ahead: Pillow lets go of the interpreter meanwhile. least, settings: as in check_members; notes: as in scan_tar.
+    Threads decode ahead: Pillow lets go of the interpreter meanwhile. least, settings: as in
+    check_members; notes: as in scan_tar.
     """
+
     def read(sample):
         try:
             for role, (_, size) in sample.members.items():
                 check_size(role, size)
-            members = {role: read_patiently(lambda: os.pread(fd, size, offset)) for role, (offset, size) in sample.members.items()}
+            members = {
+                role: read_patiently(lambda: os.pread(fd, size, offset))
+                for role, (offset, size) in sample.members.items()
+            }
             condition, image = check_members(members, least, settings)
             return sample, members, condition, prepare(image)
         except BadSample as error:
             return sample, error
 
     threads = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    fd, samples, ahead = os.open(path, os.O_RDONLY), scan_patiently(path, notes), collections.deque()
+    fd, samples, ahead = (
+        os.open(path, os.O_RDONLY),
+        scan_patiently(path, notes),
+        collections.deque(),
+    )
     try:
         with ThreadPoolExecutor(threads) as pool:
             while True:
-                ahead.extend(pool.submit(read, sample) for sample in itertools.islice(samples, 256 - len(ahead)))
+                ahead.extend(
+                    pool.submit(read, sample)
+                    for sample in itertools.islice(samples, 256 - len(ahead))
+                )
                 if not ahead:
                     return
                 result = ahead.popleft().result()
@@ -671,14 +800,17 @@ class TarDataset(torch.utils.data.Dataset):
         try:
             payload = os.pread(self.files[tar], size, offset)
             self.files.move_to_end(tar)
-        except (KeyError, OSError):     # not open, or in trouble
+        except (KeyError, OSError):  # not open, or in trouble
             payload = self._read_patiently(tar, offset, size)
         if len(payload) < size:
             raise BadSample("cut off")
         return payload
 
     def _read_patiently(self, tar, offset, size):
-        """A network file system may fail once, or for a while: tried again. BadSample if it stays so."""
+        """A network file system may fail once, or for a while: tried again. BadSample if it stays
+        so.
+        """
+
         def read():
             try:
                 if tar not in self.files:
@@ -689,9 +821,10 @@ class TarDataset(torch.utils.data.Dataset):
                 return os.pread(self.files[tar], size, offset)
             except OSError:
                 if tar in self.files:
-                    os.close(self.files.pop(tar))       # opened anew
+                    os.close(self.files.pop(tar))  # opened anew
                 if self.lost:
-                    raise BadSample("unreadable (still)") from None     # waited for once, be it for another tar
+                    # waited for once, be it for another tar
+                    raise BadSample("unreadable (still)") from None
                 raise
 
         try:
@@ -703,16 +836,30 @@ class TarDataset(torch.utils.data.Dataset):
         return payload
 
     def name(self, number):
-        """The name of sample `number` as its tar has it, for reports; empty where it cannot be read."""
+        """The name of sample `number` as its tar has it, for reports; empty where it cannot be
+        read.
+        """
         tar = bisect.bisect_right(self.ends, number)
-        offsets = [place for place in self.index[tar][number - (self.ends[tar - 1] if tar else 0)][:-1:2].tolist() if place >= 0]
+        offsets = [
+            place
+            for place in self.index[tar][number - (self.ends[tar - 1] if tar else 0)][
+                :-1:2
+            ].tolist()
+            if place >= 0
+        ]
         try:
-            return split_name(tarfile.TarInfo.frombuf(self._read(tar, min(offsets) - 512, 512), "utf-8", "replace").name)[0]
+            return split_name(
+                tarfile.TarInfo.frombuf(
+                    self._read(tar, min(offsets) - 512, 512), "utf-8", "replace"
+                ).name
+            )[0]
         except (BadSample, tarfile.TarError, ValueError, TypeError):
             return ""
 
     def members(self, number):
-        """The payloads of sample `number`: {role: bytes}. BadSample if the headers before them are not those that were indexed."""
+        """The payloads of sample `number`: {role: bytes}. BadSample if the headers before them are
+        not those that were indexed.
+        """
         tar = bisect.bisect_right(self.ends, number)
         row = self.index[tar][number - (self.ends[tar - 1] if tar else 0)].tolist()
         places = [place for place in zip(ROLES, row[::2], row[1::2]) if place[1] >= 0]
@@ -722,7 +869,7 @@ class TarDataset(torch.utils.data.Dataset):
                 raise BadSample(STALE)
         members, check = {}, 0
         for role, offset, size in places:
-            blocks = self._read(tar, offset - 512, size + 512)      # with the header
+            blocks = self._read(tar, offset - 512, size + 512)  # with the header
             members[role] = blocks[512:]
             check = (31 * check + zlib.crc32(blocks[:512])) & 0xFFFFFFFF
         if check != row[-1]:

@@ -170,11 +170,22 @@ def read_reference(data, spaces, clusters, folder, batch, ranks):
 def open_reference(patterns, size, condition="none", classes=0):
     """The TarDataset of --data; captions stay text."""
     left = []
-    data = TarDataset(list(find_tars(patterns, left).values()), size, condition, None if condition == "text" else to_tensor, classes)
+    data = TarDataset(
+        list(find_tars(patterns, left).values()),
+        size,
+        condition,
+        None if condition == "text" else to_tensor,
+        classes,
+    )
     if not len(data):
-        raise UserError(f"no samples in --data {' '.join(patterns)}: {describe_samples(data.tars[0], '', condition)}")
+        raise UserError(
+            f"no samples in --data {' '.join(patterns)}: "
+            f"{describe_samples(data.tars[0], '', condition)}"
+        )
     if left and os.environ.get("RANK", "0") == "0":
-        print(f"{len(data)} samples in {len(data.tars)} tars; left out: {', '.join(left)}", flush=True)
+        print(
+            f"{len(data)} samples in {len(data.tars)} tars; left out: {', '.join(left)}", flush=True
+        )
     return data
 
 

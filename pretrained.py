@@ -33,7 +33,16 @@ from model import hash_words, normalise_text, words
 from networks import NONE, autoencoder, autoencoder_info, identity, label, pinned, resolve, text_encoder, text_info
 
 BATCH = 64      # pictures that are cached together
-ABOUT = {"fingerprint": str, "tars": {str: str}, "shapes": [[int]], "autoencoder": NETWORK, "text": NETWORK, "size": int, "condition": str, "flip": bool}
+ABOUT = {
+    "fingerprint": str,
+    "tars": {str: str},
+    "shapes": [[int]],
+    "autoencoder": NETWORK,
+    "text": NETWORK,
+    "size": int,
+    "condition": str,
+    "flip": bool,
+}
 
 
 # ---- what a model's x and c are made of ---------------------------------------------------------------------------
@@ -178,13 +187,18 @@ def _read_about(folder):
     """What about.json says (ABOUT), None if there is none. UserError if it is damaged."""
     try:
         about = read_json(os.path.join(folder, "about.json"), ABOUT)
-        if not about["shapes"] or not all(len(shape) == 5 and min(shape) > 0 for shape in about["shapes"]):
+        if not about["shapes"] or not all(
+            len(shape) == 5 and min(shape) > 0 for shape in about["shapes"]
+        ):
             raise ValueError(f"shapes = {about['shapes']} are none of KEY.lat")
         return about
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{os.path.join(folder, 'about.json')} is damaged ({error}): delete {folder} and make it anew with pretrained.py") from None
+        raise UserError(
+            f"{os.path.join(folder, 'about.json')} is damaged ({error}): delete {folder} and make "
+            "it anew with pretrained.py"
+        ) from None
 
 
 def _tars(folder):
@@ -193,12 +207,21 @@ def _tars(folder):
 
 
 def read_shard(folder):
-    """{name: SHA-256} of the tars of RUN/shards/K, as its manifest says. UserError if their names or sizes are others."""
+    """{name: SHA-256} of the tars of RUN/shards/K, as its manifest says. UserError if their names
+    or sizes are others.
+    """
     tars, sizes = read_manifest(folder)["tars"], _tars(folder)
-    wrong = sorted(name for name in tars.keys() | sizes.keys() if name not in tars or sizes.get(name) != tars[name]["bytes"])
+    wrong = sorted(
+        name
+        for name in tars.keys() | sizes.keys()
+        if name not in tars or sizes.get(name) != tars[name]["bytes"]
+    )
     if wrong:
-        raise UserError(f"{folder} is not as its manifest says ({wrong[0]}: {sizes.get(wrong[0])} bytes there, {tars.get(wrong[0], {}).get('bytes')} in the "
-                        f"manifest): copy it again")
+        raise UserError(
+            f"{folder} is not as its manifest says ({wrong[0]}: {sizes.get(wrong[0])} bytes "
+            f"there, {tars.get(wrong[0], {}).get('bytes')} in the "
+            f"manifest): copy it again"
+        )
     return {name: entry["sha256"] for name, entry in sorted(tars.items())}
 
 
