@@ -217,7 +217,7 @@ def test_a_tar_repaired_after_a_failed_call_is_read_again(mine, config, tmp_path
     made = features(run)
     (keep_date if dated else lambda path, change: change())(path, lambda: pack(path, whole))
     done = stage_1([mine / "*.tar"], run, config)
-    assert done.returncode == 0 and done.stdout.startswith("240 images in 3 tars\n"), done.stdout + done.stderr
+    assert done.returncode == 0 and "\n240 images in 3 tars\n" in done.stdout, done.stdout + done.stderr
     assert [name for name, time in features(run).items() if time != made[name]] == ["00000.safetensors"]
 
 
@@ -256,7 +256,7 @@ def test_what_a_failed_call_could_not_read_is_read_by_the_next(mine, config, tmp
     assert done.returncode == 2 and "unreadable (OSError)" in done.stderr and not (run / "config.toml").exists()
     monkeypatch.setattr(data, "decode", real)
     done = stage_1([mine / "*.tar"], run, config)
-    assert done.returncode == 0 and done.stdout.startswith("240 images in 3 tars\n"), done.stdout
+    assert done.returncode == 0 and "\n240 images in 3 tars\n" in done.stdout, done.stdout
 
 
 def test_an_interrupted_append_of_a_tar_that_is_then_repaired_keeps_nothing_of_the_old(clustered, more, config, tmp_path):
@@ -293,7 +293,7 @@ def test_what_is_left_out_is_counted_in_the_line_of_images(mine, config, tmp_pat
     for _ in range(2):      # the second call says it again
         done = stage_1([mine / "*"], tmp_path / "run", config, "--cluster.fine", 3)
         assert done.returncode == 0, done.stderr
-        line = done.stdout.splitlines()[0]
+        line = done.stdout.splitlines()[1]
         for words in ("139 images in 2 tars", "1 .tar.gz", "gunzip", "000000000.png is taken, not .webp", "all but one: 100", "begin with a dot", ": 4", "cut off"):
             assert words in line, line
 

@@ -454,7 +454,7 @@ def test_a_cache_of_other_shards_is_not_used(latent_run, tmp_path):
 
 def test_the_size_that_is_printed_is_the_size_on_disk(latent_run, tmp_path):
     run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("latents", "experts", "checkpoints"))
-    text = command("pretrained.py", "--run", run, "--shard", "1", "--captions").stdout
+    text = command("pretrained.py", "--run", run, "--shard", "1", "--captions").stdout.partition("\n")[2]      # the first line names the device
     count, each = int(text.split(": ")[1].split()[0]), [float(text.split(word)[0].split()[-1]) for word in (" bytes", " of token", " of other")]
     size = sum(os.path.getsize(p) - 1024 for p in glob.glob(str(run / "latents" / "1" / "*.tar")))
     assert each[0] == 512 + 512 and size == pytest.approx(count * sum(each), rel=0.05)
@@ -463,11 +463,14 @@ def test_the_size_that_is_printed_is_the_size_on_disk(latent_run, tmp_path):
 def test_a_disk_that_is_too_small_is_said_once_on_all_ranks(latent_run, tmp_path):
     """Also: the size is measured where there are samples, and the causes of unusable ones are those of all ranks."""
     run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("latents", "experts", "checkpoints"))
-    with data.TarWriter(str(run / "shards" / "1" / "00000.tar")):
-        pass
-    with data.TarWriter(str(run / "shards" / "1" / "99999.tar")) as tar:
-        tar.add("x.png", b"no picture")
-        tar.add("x.txt", b"a caption")
+    folder = run / "shards" / "1"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, members in (("00000.tar", {}), ("99999.tar", {"x.png": b"no picture", "x.txt": b"a caption"})):
+        with data.TarWriter(str(folder / name)) as tar:
+            for member, payload in members.items():
+                tar.add(member, payload)
+        manifest["tars"][name] = {"samples": len(members) // 2, "bytes": tar.bytes, "sha256": tar.digest.hexdigest(), "source": ""}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     script = tmp_path / "small.py"
     script.write_text("import os, shutil, sys; sys.path.insert(0, os.getcwd()); import pretrained, common\n"
                       "from types import SimpleNamespace\n"

@@ -362,6 +362,7 @@ def test_what_is_written_names_the_place_that_was_meant(tmp_path):
 
 def test_places_of_output_are_tried_before_the_work(clustered, tmp_path):
     run = copy(clustered, tmp_path)
+    (run / "logs").rmdir()
     (run / "logs").touch()
     assert "logs: " in error_of(train(run, 4))
     assert not (run / "checkpoints" / "expert-0" / "step-00000004").exists()
