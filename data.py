@@ -637,7 +637,7 @@ def check_condition(members, condition, classes=0):
             caption = normalise_text(decode_text(members.get("txt", b"")))
         except ValueError as error:
             raise BadSample("caption is not UTF-8", str(error)) from None
-        if not words(caption):
+        if not caption[:1].isalnum() and not words(caption):
             raise BadSample("no caption")       # without a word it would stand for no condition
         return caption
     return None

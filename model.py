@@ -91,6 +91,8 @@ def normalise_text(text):
     Unicode's NFC, no invisible characters, no outer spaces; spaces, line ends and control characters in
     a row are one space.
     """
+    if text.isascii() and text.isprintable() and "  " not in text:      # the same, sooner
+        return text.strip()
     text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
     return SPACES.sub(" ", text).strip()
 
