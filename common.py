@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -197,7 +198,9 @@ def script(main):
         end(1, traceback.format_exc())
     except KeyboardInterrupt:
         end(130, "stopped by Ctrl-C")
-    except Exception:
+    except SystemExit:
+        raise
+    except BaseException:       # some of torch's are no Exception
         end(1, traceback.format_exc())
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -226,8 +229,7 @@ def end(code, text, after=0):
 
 
 def kill_children():
-    """Ends decoding processes, which ignore signals; without torch's handler of such deaths, which would have another word."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """Ends decoding processes, which ignore signals."""
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -594,6 +596,9 @@ def start(device="", timeout=timedelta(minutes=30)):
     wait for each other. Rank 0 says which devices they are, and warns of a GPU that stays idle.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # a run may have many tars, and decoding processes hand each tensor over as a file
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     chosen = _choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -729,42 +734,44 @@ def atomic(path):
 # ---- who works in a folder ----------------------------------------------------------------------------------------
 
 BEAT = 5            # seconds between two signs of life of a lock's holder
-SILENCE = 20        # seconds without one, after which a holder on another host is dead
+SILENCE = 20        # seconds without one, after which a holder that this kernel does not know is dead
+LEASE = 120         # seconds that a network file system may keep the lock of a machine that died
+
+
+def _this_kernel():
+    """Names the running kernel, whose locks its processes see, in containers too."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            return f.read().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 class Lock:
     """`with Lock(path, what):` nobody else, on any host that shares the file system, has the lock of this path meanwhile.
 
     The kernel's lock (flock) ends with its process, whatever killed it. Where hosts do not see each other's, the holder touches
-    the file every few seconds: one that stays untouched is a dead process's. UserError, at once or after SILENCE, if somebody has it.
+    the file every few seconds: one that stays untouched is a dead process's. UserError if somebody has it.
     """
 
     def __init__(self, path, what):
         self.path, self.what, self.file = path, what, None
-        self.by_kernel = True       # whether the file system knows locks
 
     def __enter__(self):
         os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        deadline = time.monotonic() + LEASE
         while self.file is None:
             file = open(self.path, "a+b")
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = self._holder(file)
-                file.close()
-                raise UserError(self._taken(holder)) from None
-            except OSError:         # a file system without locks: the signs of life must do
-                self.by_kernel = False
-            if self._is_in_place(file):
-                self.file = file
-            else:           # its holder has just finished, and removed it
-                file.close()
-        try:
-            self._wait_for_silence()
-        except UserError:
-            self.file.close()
-            raise
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+                if self._take(file, deadline):
+                    self.file = file
+            except FileNotFoundError:       # its holder has just finished, and removed it
+                pass
+            finally:
+                if self.file is None:
+                    file.close()
+
+        me = {"host": socket.gethostname(), "kernel": _this_kernel(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         self.file.truncate(0)
         self.file.write(json.dumps(me).encode())
         self.file.flush()
@@ -785,17 +792,33 @@ class Lock:
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
-    def _is_in_place(self, file):
+    def _take(self, file, deadline):
+        """Whether the lock is ours now; False: try again. UserError if it is somebody's. FileNotFoundError if it has gone meanwhile."""
+        taken, by_kernel = False, True
         try:
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
-        except FileNotFoundError:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:         # a file system without locks: the signs of life must do
+            by_kernel = False
+
+        holder = self._holder(file)
+        here = holder is None or holder["kernel"] == _this_kernel()
+        if taken and here:
+            raise UserError(self._taken(holder))
+        if holder and not (here and by_kernel) and self._shows_life():
+            raise UserError(self._taken(holder))
+        if taken:               # by a machine that is dead: the file server gives the lock up in a while
+            if time.monotonic() > deadline:
+                raise UserError(self._taken(holder))
             return False
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
 
     def _holder(self, file):
-        """Who wrote the file -> {host, pid, since}; None if nobody has yet."""
+        """Who wrote the file -> {host, kernel, pid, since}; None if nobody has yet."""
         file.seek(0)
         try:
-            return parse_json(file.read().decode(), {"host": str, "pid": int, "since": str})
+            return parse_json(file.read().decode(), {"host": str, "kernel": str, "pid": int, "since": str})
         except ValueError:
             return None
 
@@ -803,18 +826,18 @@ class Lock:
         by = f"process {holder['pid']} on {holder['host']} since {holder['since']}" if holder else "another process"
         return f"{self.what} is being worked on by {by} ({self.path}): wait until it has ended, or stop it"
 
-    def _wait_for_silence(self):
-        """UserError if a holder whom the kernel does not know of, on another host, gives a sign of life."""
-        holder = self._holder(self.file)
-        if holder is None or self.by_kernel and holder["host"] == socket.gethostname():
-            return
+    def _shows_life(self):
+        """Looks for SILENCE whether the holder touches the file."""
+        print(f"{self.path} is of another machine: looking for {SILENCE} s whether its process lives", file=sys.stderr, flush=True)
         first, until = os.stat(self.path).st_mtime_ns, time.monotonic() + SILENCE
-        print(f"{self.path} is of {holder['host']}: looking for {SILENCE} s whether it is alive there", file=sys.stderr, flush=True)
-        while time.monotonic() < until:
-            time.sleep(min(1, SILENCE / 4))
+        while True:
+            last_look = time.monotonic() > until
             with open(self.path, "rb") as file:     # opened anew, a network file system says the truth
                 if os.fstat(file.fileno()).st_mtime_ns != first:
-                    raise UserError(self._taken(holder))
+                    return True
+            if last_look:
+                return False
+            time.sleep(min(1, SILENCE / 4))
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import model as models
 import networks
 import plan
-from common import UserError, barrier, broadcast, differences, flat, gather, on_rank_0, read_json, read_text, sum_over_ranks, sync, write_text
+from common import UserError, barrier, broadcast, differences, flat, gather, on_rank_0, read_json, sum_over_ranks, sync, write_text
 
 BINS = 5            # of t in [0,1], in the log
 SHOWN = 6           # where in the sums the bins begin
@@ -135,7 +135,8 @@ def mark(folder, status, step=None, begins=False):
     with _marking:
         said = ""
         if os.path.exists(path):
-            said = read_text(path).strip()
+            with open(path, encoding="utf-8", errors="replace") as f:
+                said = f.read().strip()
         if said.startswith(FAILED) and status != FAILED and not begins:
             return
         if step is None:
@@ -164,6 +165,7 @@ class State:
         self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
         self.step, self.seconds, self.device_seconds, self.bad, self.warned, self.reported = 0, 0.0, 0.0, 0, 0, 0
         self.exported = True    # whether the last export could be written
+        self.kept = 0           # the newest checkpoint's step
         self.skipped = []       # samples that could not be used since the last row of the log: (step, tar, name, cause)
         self.saving = None      # the checkpoint that is being written: (step, future)
         self.publisher = ThreadPoolExecutor(1)
@@ -280,19 +282,27 @@ class State:
                 state = read_json(os.path.join(folder, "state.json"), STATE)
                 if damaged := [name for name, size in state["files"].items() if os.path.getsize(os.path.join(folder, name)) != size]:
                     raise ValueError(f"{damaged[0]} has another size")
+                if len(state["nonfinite"]) != 3 or any(len(row) != 4 for row in state["skipped"]):
+                    raise ValueError("nonfinite or skipped has another length")
                 return folder, state
             except (OSError, ValueError) as error:
                 print(f"warning: {folder} is damaged ({error}): the one before is used", file=sys.stderr, flush=True)
 
     def _load(self, folder, state):
         tensors = self._tensors()
-        dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())     # in place, whatever the ranks were
+        try:
+            dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())     # in place, whatever the ranks were
+        except dcp.api.CheckpointException as error:
+            cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise UserError(f"{folder} cannot be read ({cause}): delete it, to resume from the one before") from None
         set_state_dict(self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
         if self.ranks.rank:
             self.sums.zero_()       # they were summed over the ranks
         self.step, self.seconds, self.bad = state["step"], state["seconds"], state["bad"]
+        self.kept = self.step
         self.device_seconds = state["device_seconds"]
         self.nonfinite.copy_(torch.tensor(state["nonfinite"]))
+        self.nonfinite[2] = 0       # has been looked at
         self.reported = int(self.nonfinite[1])
         if self.ranks.rank == 0:
             self.skipped = [tuple(row) for row in state["skipped"]]
@@ -314,6 +324,7 @@ class State:
                      "nonfinite": self.nonfinite.tolist(), "skipped": skipped, "identity": self.identity}
             future = self.publisher.submit(self._publish, place, state, status, future)
         self.saving = self.step, future
+        self.kept = self.step
 
     def _publish(self, place, state, status, future):
         """Rank 0, once all ranks have written: gives a checkpoint its name, marks how far training is, drops those that are not to be kept.

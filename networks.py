@@ -6,7 +6,6 @@ preprocessing; that, not the name, decides whether two of them are the same (`id
 """
 import contextlib
 import hashlib
-import json
 import os
 import sys
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import UserError
+from common import UserError, read_json
 from data import square
 
 NONE = {"autoencoder": "", "text": "words"}     # names that stand for no network: pixels, and words hashed to a learned table
@@ -54,9 +53,8 @@ def locate(key, name):
             raise UserError(f"{key} = {name!r} is no folder here and cannot be fetched ({_cause(error)}); {_remedy(key, base)}") from None
         revision = os.path.basename(os.path.dirname(path))      # a snapshot's folder is named after its commit
     try:
-        with open(path) as f:
-            return folder, revision, json.load(f)
-    except ValueError as error:
+        return folder, revision, read_json(path, dict)
+    except (OSError, ValueError) as error:
         raise UserError(f"{key} = {name!r} is damaged: {path}: {_cause(error)}") from None
 
 

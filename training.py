@@ -347,6 +347,8 @@ class _Step:
         except UserError as error:      # a decoding process adds its traceback
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "), local=True) from None
         except RuntimeError as error:
+            if "Too many open files" in str(error):
+                raise UserError("too many open files, of which decoding processes need one a tensor: ulimit -n 65536, or fewer --data.workers", local=True) from None
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(f"a decoding process has died ({str(error).splitlines()[0]}), for want of shared memory (/dev/shm) or of memory, or killed: "
@@ -443,7 +445,7 @@ def check_shared_memory(data, position, micro, workers):
     free = shutil.disk_usage("/dev/shm").free
     if free < need:
         raise UserError(f"the shared memory /dev/shm has {free / 1e6:.3g} MB free, and {workers} decoding processes a rank put up to {need / 1e6:.3g} MB there: make it "
-                        f"larger (docker run --shm-size 8g), or take fewer --data.workers (0: none)", local=True)
+                        f"larger (docker run --shm-size 8g), or take fewer --data.workers (0: none)", local=os.environ.get("LOCAL_RANK", "0") == "0")
 
 
 def positions(first, last, batch, rank, world, micro):
@@ -511,7 +513,9 @@ def steps(state, data, space, config, shown, profile=False):
         data, batch_sampler=positions(state.step, train.steps, batch, ranks.rank, ranks.world, micro), num_workers=workers,
         collate_fn=collate, worker_init_fn=_prepare_worker, multiprocessing_context=fork, pin_memory=cuda,
         prefetch_factor=AHEAD if workers else None))
-    _end_with_torchrun()        # a thread: only now that the decoding processes have been forked
+    # torch's handler would raise wherever the main thread is when a decoding process dies; the loader finds it out, too, when it waits for it
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _end_with_torchrun()
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=state.bf16)
     peak = plan.peak_flops(torch.cuda.get_device_name(), state.bf16) if cuda else None
     if cuda and not peak and ranks.rank == 0:
@@ -577,7 +581,7 @@ def steps(state, data, space, config, shown, profile=False):
                 break
         if step.abandoned and ranks.world > 1:
             common.end(1, f"{state.name}: stopped by a signal while waiting for data, NOT saved at step {state.step}; run the same command to resume")
-        if step.abandoned:      # the state is that of the step before
+        if step.abandoned and state.step > state.kept:      # the state is that of the step before
             state.save(UNFINISHED)
         saved = state.finish_saving(last=state.step == train.steps)
     if state.step < train.steps:
@@ -657,24 +661,29 @@ def check_finite(state, log, step, positions):
     positions: of this rank's samples in the last step.
     """
     row, total, longest = map(int, state.nonfinite.tolist())
+    state.nonfinite[2] = 0      # of what has not been looked at yet
     if total > state.reported and state.ranks.rank == 0:
         print(f"warning: {state.name}: {total - state.reported} steps up to {state.step} had a gradient that is not finite and were skipped", file=sys.stderr, flush=True)
     state.reported = total
-    if longest < state.train.max_nonfinite and not (row and state.step == state.train.steps):
+    too_many = longest >= state.train.max_nonfinite
+    if not too_many and not (row and state.step == state.train.steps):
         return
     state.finish_saving()       # a checkpoint on its way would be cut short
     found = sum(gather(step.nonfinite(positions)), []) if row else []
     remedy = ""
     if state.ranks.rank == 0:
-        kept, aside = state.set_aside(last_good_step(log.table.rows, state.step - row + 1))
+        # a few skipped steps at the very end say nothing against the weights before them
+        kept, aside = state.set_aside(last_good_step(log.table.rows, state.step - row + 1) if too_many else state.step)
         mark(state.folder, UNFINISHED, int(kept[-8:]) if kept else 0)
         remedy = f"The last good checkpoint is {kept}: the same command resumes there" if kept else "There is no good checkpoint: the same command begins anew"
         if aside:
             remedy += f" ({', '.join(map(os.path.basename, aside))}, of later steps, are set aside as *.not-finite)"
+    barrier()
     raise UserError(f"{state.name}: the gradients of {max(row, longest)} steps in a row before step {state.step + 1} are not finite"
                     + (f"; in the last one the losses of {len(found)} samples: {', '.join(found[:5])}" if found else
                        f"; the last step had positions {(state.step - 1) * state.batch} to {state.step * state.batch - 1}")
-                    + f". {remedy}. Give it a lower --train.lr, or --train.precision fp32")
+                    + f". {remedy}. Give it a lower --train.lr, or --train.precision fp32"
+                    + ("" if too_many else f", or end at --train.steps {state.step - row}"))
 
 
 # ---- pictures while training --------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """Processes and their surroundings: failing ranks, locks, signals, shared memory, devices, what the file system refuses, text files."""
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -66,7 +68,7 @@ common.script(main)
 def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
     path = tmp_path / "folder" / "lock"
     with common.Lock(path, "expert-0 of runs/x"):
-        assert json.loads(path.read_text()) == {"host": socket.gethostname(), "pid": os.getpid(), "since": mock.ANY}
+        assert json.loads(path.read_text()) == {"host": socket.gethostname(), "kernel": mock.ANY, "pid": os.getpid(), "since": mock.ANY}
         with pytest.raises(UserError, match=f"expert-0 of runs/x is being worked on by process {os.getpid()} on {socket.gethostname()} since 20"):
             common.Lock(path, "expert-0 of runs/x").__enter__()
     assert not path.exists()
@@ -99,10 +101,12 @@ time.sleep(120)
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_lock_of_another_host_holds_while_it_shows_signs_of_life(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "SILENCE", 0.4)
+ELSEWHERE = {"host": "elsewhere", "kernel": "another", "pid": 7, "since": "yesterday"}
+
+
+def test_a_lock_of_another_host_holds_while_it_shows_signs_of_life(tmp_path, monkeypatch):
     path = tmp_path / "lock"
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "yesterday"}))
+    path.write_text(json.dumps(ELSEWHERE))
     stop = threading.Event()
 
     def live():
@@ -117,12 +121,40 @@ def test_a_lock_of_another_host_holds_while_it_shows_signs_of_life(tmp_path, mon
     finally:
         stop.set()
         thread.join()
+    monkeypatch.setattr(common, "SILENCE", 0.2)
     with common.Lock(path, "it"):
         assert json.loads(path.read_text())["host"] == socket.gethostname()
 
 
+def test_a_lock_that_its_holder_removes_meanwhile_is_taken(tmp_path):
+    path = tmp_path / "lock"
+    path.write_text(json.dumps(ELSEWHERE))
+    with mock.patch("time.sleep", lambda seconds: path.unlink(missing_ok=True)):
+        with common.Lock(path, "it"):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_the_lock_of_a_machine_that_died_is_waited_for(tmp_path, monkeypatch):
+    """A file server keeps it for a while; its holder shows no sign of life."""
+    monkeypatch.setattr(common, "SILENCE", 0.05)
+    path, flock, refusals = tmp_path / "lock", common.fcntl.flock, []
+    path.write_text(json.dumps(ELSEWHERE))
+
+    def leased(file, how):
+        if len(refusals) < 2:
+            refusals.append(file)
+            raise BlockingIOError
+        return flock(file, how)
+
+    with mock.patch("fcntl.flock", leased), common.Lock(path, "it"):
+        assert len(refusals) == 2
+    path.write_text(json.dumps(ELSEWHERE))
+    monkeypatch.setattr(common, "LEASE", 0)
+    with mock.patch("fcntl.flock", side_effect=BlockingIOError), pytest.raises(UserError, match="by process 7 on elsewhere"):
+        common.Lock(path, "it").__enter__()
+
+
 def test_a_file_system_without_locks_goes_by_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "SILENCE", 0.4)
     monkeypatch.setattr(common, "BEAT", 0.02)
     with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
         with common.Lock(tmp_path / "lock", "it"):
@@ -202,6 +234,43 @@ def test_a_killed_decoding_process_ends_the_training_with_one_line(clustered, tm
     assert "a decoding process has died" in line
 
 
+def test_a_decoding_process_killed_while_its_rank_computes_is_one_line(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    killed = []
+
+    def kills(*args, loss=flow.expert_loss):
+        if not killed:
+            killed.extend(multiprocessing.active_children())
+            for process in killed:
+                process.kill()
+                process.join()
+        return loss(*args)
+
+    with mock.patch.object(flow, "expert_loss", kills):
+        line = error_of(train(run, 100, "--data.workers", 1))
+    assert killed and "a decoding process has died" in line
+
+
+def test_a_wait_in_the_first_step_leaves_nothing_that_cannot_be_resumed(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    read, signalled = data.TarDataset.__getitem__, []
+
+    def stuck(self, position):
+        if position >= 4 and not signalled:
+            signalled.append(position)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(600)
+        return read(self, position)
+
+    with mock.patch.object(training._Stopping, "PATIENCE", 0.1), mock.patch("data.TarDataset.__getitem__", stuck):
+        done = train(run, 6, "--train.micro_batch", 4)
+    assert signalled and done.returncode == 128 + signal.SIGTERM and checkpoints(run) == []
+    assert train(run, 6, "--train.micro_batch", 4).returncode == 0
+    again = copy(clustered, tmp_path / "again")
+    assert train(again, 6, "--train.micro_batch", 4).returncode == 0
+    assert (run / "experts" / "0.safetensors").read_bytes() == (again / "experts" / "0.safetensors").read_bytes()
+
+
 def test_shared_memory_is_compared_with_what_will_be_put_there(monkeypatch):
     """By hand: a batch of 8 pictures of 4 x 4 and as much noise, each tensor in pages of 4096 bytes; 2 processes of 4 batches, and one in use, of 3 ranks."""
     item = {"x": torch.zeros(4, 4, 3, dtype=torch.uint8), "eps": torch.zeros(3, 64, 64), "c": torch.zeros(0), "k": 0, "u": 0.5, "drop": 0.5, "bad": []}
@@ -251,6 +320,26 @@ def test_a_training_whose_last_steps_are_skipped_is_not_finished(clustered, tmp_
         line = error_of(train(run, 8))
     assert "2 steps in a row before step 9 are not finite" in line and checkpoints(run) == ["step-00000004"]
     assert (run / "checkpoints" / "expert-0" / "status").read_text() == "failed 4\n"
+
+
+def test_a_skipped_last_step_says_nothing_against_the_weights_before(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    with ruined_from(6):
+        line = error_of(train(run, 6, "--train.save_every", 5))
+    assert checkpoints(run) == ["step-00000005"] and "step-00000005: the same command resumes there" in line and "--train.steps 5" in line
+
+
+def test_a_row_of_skipped_steps_counts_once(clustered, tmp_path):
+    run = copy(clustered, tmp_path)
+    calls = []
+
+    def thrice(*args, loss=flow.expert_loss):
+        calls.append(1)
+        return loss(*args) * (float("nan") if 2 <= len(calls) <= 4 else 1)
+
+    with mock.patch.object(flow, "expert_loss", thrice):
+        assert train(run, 6, "--train.max_nonfinite", 5).returncode == 0
+    assert train(run, 8, "--train.max_nonfinite", 3).returncode == 0
 
 
 def test_an_isolated_skipped_step_only_delays_the_checkpoint(clustered, tmp_path):
