@@ -351,7 +351,7 @@ class _Step:
                 raise UserError("too many open files, of which decoding processes need one a tensor: ulimit -n 65536, or fewer --data.workers", local=True) from None
             if "DataLoader worker" not in str(error):
                 raise
-            raise UserError(f"a decoding process has died ({str(error).splitlines()[0]}), for want of shared memory (/dev/shm) or of memory, or killed: "
+            raise UserError(f"a decoding process has died ({str(error).splitlines()[0]}), for want of shared memory (/dev/shm), of memory or of open files (ulimit -n), or killed: "
                             f"fewer --data.workers (0: none), or more room", local=True) from None
 
     def model(self, x_t, t, c):
