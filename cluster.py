@@ -592,13 +592,15 @@ def main():
     if old:
         if not args.append and old.get("appended"):
             raise UserError(f"{args.run} has had tars appended, its partition is whole: only --append changes it now")
-        if not args.append and old["tars"] != len(tars):
-            raise UserError(f"{args.run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another --run, or --append to add new tars to it")
     elif args.append:
         raise UserError(f"--append adds to a run that there is, but {clusters_file} is missing: leave --append out")
     elif glob.glob(os.path.join(glob.escape(args.run), "shards", "*", "*.tar")):
         raise UserError(f"{args.run}/shards holds a partition, but {clusters_file} is missing: delete {args.run}/shards to make it anew")
     manifests = read_manifests(folders, old["fingerprint"] if old else "")
+    if old and not args.append and old["tars"] != len(tars):
+        lacking = sorted(recorded_sources(manifests).keys() - tars.keys())
+        gone = f"; {lacking[0]}.tar is missing now" if lacking else ""
+        raise UserError(f"{args.run} was clustered from other data ({old['tars']} tars, now {len(tars)}{gone}): use another --run, or --append to add new tars to it")
     if args.append:
         if lacking := [folder for folder, manifest in zip(folders, manifests) if not manifest["tars"]]:
             raise UserError(f"{lacking[0]} has no manifest: --append needs the whole partition, as cluster.py left it")

@@ -316,7 +316,7 @@ def read_text(path):
         with open(path, "rb") as f:
             return decode_text(f.read())
     except OSError as error:
-        raise UserError(f"cannot read {path}: {explain(error) or error}") from None
+        raise UserError(explain(error) or f"cannot read {path}: {error}") from None
     except ValueError as error:
         raise UserError(f"cannot read {path}: it is not UTF-8 ({error}); save it as UTF-8") from None
 
@@ -459,7 +459,10 @@ def write_toml(config, path):
 
 def differences(old, new):
     """The keys in which two {"table.key": value} differ, as 'data.size 32 / 64, ...'."""
-    return ", ".join(f"{k} {old.get(k)!r} / {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+    def shown(values, key):
+        return repr(values[key]) if key in values else "missing"
+
+    return ", ".join(f"{k} {shown(old, k)} / {shown(new, k)}" for k in sorted({*old, *new}) if shown(old, k) != shown(new, k))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -453,9 +453,13 @@ class TarWriter:
         return self
 
     def __exit__(self, *error):
-        if error[0] is None:
-            self._write(bytes(1024))    # a tar ends in two empty blocks
-        self.file.close()
+        try:
+            if error[0] is None:
+                self._write(bytes(1024))    # a tar ends in two empty blocks
+            self.file.close()
+        except OSError as full:     # of what was still to be written
+            self._atomic.__exit__(type(full), full, full.__traceback__)
+            raise
         self._atomic.__exit__(*error)
 
     def _write(self, blocks):

@@ -368,13 +368,13 @@ class State:
             except (Exception, dcp.api.CheckpointException) as error:       # the latter is torch's, of a rank that failed, and no Exception
                 why = (str(error).strip() or type(error).__name__).splitlines()[-1]
             if why := next(filter(None, gather(why)), ""):
-                why = f"{self.name}: the checkpoint of step {step} could not be written ({why}); is the disk full? The former one is kept"
+                why = f"{self.name}: the checkpoint of step {step} could not be written ({why}); is the disk full?"
                 if self.ranks.rank == 0:
                     shutil.rmtree(os.path.join(self.folder, f"step-{step:08d}.tmp"), ignore_errors=True)       # makes room
                 if last:
-                    raise UserError(why)
+                    raise UserError(f"{why} Make room, and run the same command again: it resumes from the checkpoint before, if there is one")
                 if self.ranks.rank == 0:
-                    print(f"warning: {why}, and training goes on", file=sys.stderr, flush=True)
+                    print(f"warning: {why} The former one is kept, and training goes on", file=sys.stderr, flush=True)
                 return False
         return True
 

@@ -344,7 +344,7 @@ def _info(path, shape):
     try:
         check_shape(info, shape)
     except ValueError as error:
-        raise UserError(f"{path} is not a model of this project ({error})") from None
+        raise UserError(f"{path} is not a model of this project, or has been damaged: copy it again ({error})") from None
     for key in ("objective", "path") if "objective" in shape else ():       # a fork may know others
         if info[key] not in CONFIG["flow"][key][2]:
             raise UserError(f"{path} has {key} = {info[key]!r}, which is not one of {', '.join(CONFIG['flow'][key][2])}")

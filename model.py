@@ -539,7 +539,7 @@ def read_info(path):
             raise ValueError(f"weights {sorted(k for k in {*there, *wanted} if there.get(k) != wanted.get(k))[:3]} are not as its description says")
         return info
     except Exception as error:      # safetensors raises its own kinds
-        raise ValueError(f"{path} is not a model of this project ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path} is not a model of this project, or has been cut short or damaged: copy it again ({type(error).__name__}: {error})") from None
 
 
 def load(path, device="cpu", dtype=torch.float32):
@@ -554,6 +554,9 @@ def load(path, device="cpu", dtype=torch.float32):
     with safe_open(path, framework="pt", device=str(device)) as f:
         # one by one: never twice on the device
         weights = {k: f.get_tensor(k).to(torch.float32 if k in exact else dtype) for k in f.keys()}
+    spoilt = [k for k, weight in weights.items() if not weight.isfinite().all()]
+    if spoilt:
+        raise ValueError(f"{path} is damaged, its weights {spoilt[0]} are not finite: copy it again, or train it again")
     model.load_state_dict(weights, assign=True)
     model.reset_positions(device, dtype)
     return model.eval(), info

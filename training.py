@@ -138,7 +138,7 @@ def check_shard(folder, fingerprint, ranks, verify=False):
     there = {os.path.basename(path): os.path.getsize(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.tar"))}
     meant = {name: entry["bytes"] for name, entry in manifest["tars"].items()}
     if there != meant:
-        raise UserError(f"{folder} is not as its manifest says (bytes there / in the manifest: {differences(there, meant)}): copy it again")
+        raise UserError(f"{folder} is not as its manifest says (bytes there / in the manifest: {differences(there, meant)}): copy it again, or run cluster.py again where the data is")
     damaged = []
     for name in progress(sorted(there)[ranks.rank::ranks.world], desc="verifying, tars") if verify else []:
         with open(os.path.join(folder, name), "rb") as f:

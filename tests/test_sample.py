@@ -588,3 +588,14 @@ def test_routing_picture_shows_the_probabilities_as_heights_and_the_times_as_wid
     width = sheet.shape[1]
     assert first.any(0).sum() == pytest.approx(width / 4, abs=4)
     assert first.any(1).sum() == 10 and second[:, width // 10].sum() == 30 + 10 and second[:, width // 2].sum() == 40 + 10
+
+
+def test_a_damaged_expert_is_named_before_it_samples(trained, tmp_path):
+    run = copy(trained, tmp_path)
+    path = run / "experts" / "0.safetensors"
+    spoilt = bytearray(path.read_bytes())
+    spoilt[-4000:] = b"\xff" * 4000
+    path.write_bytes(spoilt)
+    for strategy in ("full", "oracle-0"):
+        done = inside("sample.py", "--run", run, "--device", "cpu", "--prompt", "a red circle", "--strategy", strategy, "--out", tmp_path / "x.png")
+        assert done.returncode == 2 and "experts/0.safetensors is damaged, its weights" in done.stderr and "copy it again" in done.stderr
