@@ -284,17 +284,15 @@ class _Stopping:
         self._look()
 
     def _look(self, *_):
-        if self.number and self.since is not None:
-            left = self.PATIENCE - (time.monotonic() - self.since)
-            if left <= 0:
-                raise self.Interrupted
-            signal.setitimer(signal.ITIMER_REAL, left + 0.01)       # the timer goes by another clock, and one of 0 s never rings
+        if self.number and self.since is not None and time.monotonic() - self.since >= self.PATIENCE:
+            raise self.Interrupted
 
     @contextlib.contextmanager
     def wait(self):
+        """While waiting an alarm rings each second: Python looks at signals only when a system call returns, and one may come just before a long one."""
         self.since = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
         try:
-            self._look()
             yield
         finally:
             self.since = None
