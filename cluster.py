@@ -610,7 +610,6 @@ def main():
         if ranks.rank == 0:     # tried before the work
             for place in ("features", "shards", "logs"):
                 try_folder(os.path.join(args.run, place))
-        if ranks.rank == 0:
             for pattern in ("features/*.tmp", "shards/*/*.tmp"):    # of a call that was killed
                 for path in glob.glob(os.path.join(glob.escape(args.run), pattern)):
                     os.remove(path)
