@@ -1,8 +1,8 @@
 """Stage 1: images -> features -> k-means -> K partitions of the data, each a folder of tar shards.
 
-    python cluster.py --data 'data/shapes/*.tar' --run runs/demo --config configs/demo.toml
-    python cluster.py --data 'data/more/*.tar' --run runs/demo --append
-    torchrun --nproc_per_node=8 -- cluster.py --data 'data/laion/*.tar' --run runs/laion --config configs/laion.toml --experts 8
+    python cluster.py --data 'data/shapes/*.tar' --run-dir runs/demo --config configs/demo.toml
+    python cluster.py --data 'data/more/*.tar' --run-dir runs/demo --append
+    torchrun --nproc_per_node=8 cluster.py --data 'data/laion/*.tar' --run-dir runs/laion --config configs/laion.toml --experts 8
 
 reads   the tars, as img2dataset writes them (data.py)
 writes  RUN/config.toml                the experiment: --config with the flags over it; later stages read it
@@ -40,21 +40,42 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import found
-import networks
-import pretrained
 import training
-from common import (CLUSTERING, CONFIG, UserError, alone, atomic, barrier, broadcast, differences, flat, gather, make_config, make_parser, on_rank_0, parse, progress,
-                    read_description, read_manifest, read_toml, script, start, sum_over_ranks, try_folder, write_text, write_toml)
-from data import (SOURCE, BadSample, Notes, Source, TarWriter, check_members, check_unchanged, decode, describe_samples, find_tars, picture_grid, read_source,
-                  scan_tar, split_name, square, subset, usable)
-from features import assign, extractor, nearest
+from data import check_members, decode, square, subset, usable
+from ddm import encoders, found
+from ddm.artifacts import read_description
+from ddm.codec import Space
+from ddm.config import (
+    differences,
+    flat,
+    make_config,
+    make_parser,
+    parse,
+    read_toml,
+    write_toml,
+)
+from ddm.errors import UserError, script
+from ddm.features import assign, extractor, nearest
+from ddm.files import atomic, try_folder, write_text
+from ddm.pictures import picture_grid
+from ddm.process import barrier, broadcast, gather, on_rank_0, progress, start, sum_over_ranks
+from ddm.run import CLUSTERING, alone, read_manifest
+from ddm.tars import (
+    BadSample,
+    Notes,
+    SOURCE,
+    Source,
+    TarWriter,
+    check_unchanged,
+    describe_samples,
+    find_tars,
+    read_source,
+    scan_tar,
+    split_name,
+)
+
 
 SAMPLE = 256        # images a fine centroid that k-means sees, as in faiss
-
-
-# ---- features -----------------------------------------------------------------------------------------------------
-
 # What a features file says of itself. skipped: [key, cause, detail, offset, length] of each sample that cannot be used; left: what else of the
 # tar is not used, {words: [how many, the first]}
 FEATURES = {"identity": dict, "source": SOURCE, "images": int, "skipped": [list], "left": {str: list}}
@@ -68,7 +89,7 @@ def extract(path, target, prepare, function, info, config, bar, again=True):
     skipped can be used now (again: look). -> whether it was made.
     """
     identity = {
-        "extractor": networks.identity(info),
+        "extractor": encoders.identity(info),
         "condition": config.data.condition,
         "classes": config.data.classes,
     }
@@ -209,8 +230,6 @@ def read_metadata(path):
         ) from None
 
 
-# ---- clusters -----------------------------------------------------------------------------------------------------
-
 def k_means(points, k, seed):
     """-> centroids [k,D] float32. One thread: faiss's sums depend on how many there are, torchrun's ranks get one each."""
     threads = faiss.omp_get_max_threads()
@@ -256,7 +275,7 @@ def balance(clusters, sizes, share):
         allowed = (over[home] & (sizes > 0))[:, None] & (held[None] + sizes[:, None] <= most)
         if not allowed.any():
             raise UserError(f"cluster.balance = {share} cannot be reached: cluster {held.argmax()} keeps {held.max() / total:.1%} of the images in fine clusters that "
-                            f"fit nowhere else. Allow more, or give cluster.fine more than {F}")
+                            f"fit nowhere else. Allow more, or give cluster.fine_clusters more than {F}")
         f, k = np.unravel_index(np.where(allowed, added, np.inf).argmin(), added.shape)
         home[f] = k
     moved = home != before
@@ -266,13 +285,11 @@ def balance(clusters, sizes, share):
 
 def fingerprint(clusters, config, info):
     """Names a clustering: whatever is trained on its shards carries this. Counts are left out, they grow when data is added."""
-    digest = hashlib.sha256(json.dumps([config.cluster.assign, config.cluster.seed, networks.identity(info)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([config.cluster.assign, config.cluster.seed, encoders.identity(info)], sort_keys=True).encode())
     for name in ("fine_centroids", "coarse_centroids", "fine_to_coarse"):
         digest.update(np.ascontiguousarray(clusters[name]).tobytes())
     return digest.hexdigest()[:16]
 
-
-# ---- partition ----------------------------------------------------------------------------------------------------
 
 def describe_tar(path):
     """A shard that an interrupted call wrote, as the manifest has it."""
@@ -323,7 +340,7 @@ def partition(path, name, folders, manifests, features_file, clusters, for_route
                 raise UserError(
                     f"{path} is not what {features_file} was made of: at byte {offset} is "
                     f"{key or 'no header'}. If the tar has been replaced, use another "
-                    f"--run; if not, delete {features_file} and run the same command again",
+                    f"--run-dir; if not, delete {features_file} and run the same command again",
                     local=True,
                 )
             writers[k].add_raw(blocks)
@@ -362,7 +379,7 @@ def read_manifests(folders, mark):
     """Those that are there; empty ones for the others. UserError if one is of another clustering."""
     manifests = [read_manifest(folder) if os.path.exists(os.path.join(folder, "manifest.json")) else {"fingerprint": mark, "tars": {}} for folder in folders]
     if other := [folder for folder, manifest in zip(folders, manifests) if manifest["fingerprint"] != mark]:
-        raise UserError(f"{other[0]} is a shard of another clustering, {read_manifest(other[0])['fingerprint']}, this one is {mark}: remove it, or use another --run")
+        raise UserError(f"{other[0]} is a shard of another clustering, {read_manifest(other[0])['fingerprint']}, this one is {mark}: remove it, or use another --run-dir")
     return manifests
 
 
@@ -464,11 +481,9 @@ def contact_sheet(run, counts):
         picture_grid(rows, captions).save(temporary, "PNG")
 
 
-# ---- the stage ----------------------------------------------------------------------------------------------------
-
 def choose_config(args, given):
     """The run's config: from --config and flags, or what an earlier call wrote. UserError if the two differ."""
-    path = os.path.join(args.run, "config.toml")
+    path = os.path.join(args.run_dir, "config.toml")
     old = read_toml(path) if os.path.exists(path) else {}
     config = make_config(read_toml(args.config) if args.config else old, given)
     if not old:
@@ -476,8 +491,8 @@ def choose_config(args, given):
     free = {name: value for name, value in flat(config).items() if name in ("data.max_bad", "data.workers")}
     old = make_config(old, free)
     if flat(config) != flat(old):
-        raise UserError(f"{args.run} was made with another config (there / now: {differences(flat(old), flat(config))}): "
-                        f"use another --run, or leave --config and these flags out")
+        raise UserError(f"{args.run_dir} was made with another config (there / now: {differences(flat(old), flat(config))}): "
+                        f"use another --run-dir, or leave --config and these flags out")
     return old
 
 
@@ -493,7 +508,7 @@ def read_old(path):
     except ValueError as error:
         raise UserError(
             f"{path} is damaged, or of another version ({error}): bring it back, or use another "
-            "--run"
+            "--run-dir"
         ) from None
 
 
@@ -525,7 +540,7 @@ def check_sources(run, tars, features, manifests, old, append, ranks):
         raise UserError(
             f"{tars[changed[0]]} is named like a tar that the partition has, but holds other "
             "bytes: it has changed, or is another one. "
-            f"Rename it, its shards are named after it, or use another --run"
+            f"Rename it, its shards are named after it, or use another --run-dir"
         )
     if append or name_inputs(sources) == old["inputs"]:
         return
@@ -539,12 +554,12 @@ def check_sources(run, tars, features, manifests, old, append, ranks):
         raise UserError(
             f"{tars[changed[0]]} has changed since {run} was clustered"
             + (f", and {len(changed) - 1} more" if len(changed) > 1 else "")
-            + ": bring it back as it was, use another --run, or give what has changed another "
+            + ": bring it back as it was, use another --run-dir, or give what has changed another "
             "name and --append it"
         )
     raise UserError(
         f"{run} was clustered from other data ({old['tars']} tars, now {len(tars)}): use another "
-        "--run, or --append to add new tars to it"
+        "--run-dir, or --append to add new tars to it"
     )
 
 
@@ -567,7 +582,7 @@ def forget_shards(name, folders, manifests):
 
 
 def main():
-    parser = make_parser(__doc__, CONFIG)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", nargs="+", required=True, metavar="GLOB", help="the input tars")
     parser.add_argument("--config", default="", metavar="TOML", help="the experiment, see configs/ (default: every key's default)")
     parser.add_argument("--experts", dest="cluster.experts", metavar="K", help="the same as --cluster.experts")
@@ -584,46 +599,46 @@ def main():
         raise UserError(f"cluster.balance = {c.balance} moves whole fine clusters, so it needs cluster.assign = fine, not {c.assign}")
     if c.balance and not 1 / K <= c.balance <= 1:
         raise UserError(f"cluster.balance = {c.balance} must be between 1 / {K}, the share of {K} equal clusters, and 1")
-    space = pretrained.Space(config)      # found out now, not after hours: can the later stages work with this config?
+    space = Space(config)      # found out now, not after hours: can the later stages work with this config?
     training.check_config(config, space)
-    clusters_file = os.path.join(args.run, "clusters.safetensors")
-    folders = [os.path.join(args.run, "shards", str(k)) for k in [*range(K), "router"]]
+    clusters_file = os.path.join(args.run_dir, "clusters.safetensors")
+    folders = [os.path.join(args.run_dir, "shards", str(k)) for k in [*range(K), "router"]]
     old = read_old(clusters_file) if os.path.exists(clusters_file) else None
     if old:
         if not args.append and old.get("appended"):
-            raise UserError(f"{args.run} has had tars appended, its partition is whole: only --append changes it now")
+            raise UserError(f"{args.run_dir} has had tars appended, its partition is whole: only --append changes it now")
     elif args.append:
         raise UserError(f"--append adds to a run that there is, but {clusters_file} is missing: leave --append out")
-    elif glob.glob(os.path.join(glob.escape(args.run), "shards", "*", "*.tar")):
-        raise UserError(f"{args.run}/shards holds a partition, but {clusters_file} is missing: delete {args.run}/shards to make it anew")
+    elif glob.glob(os.path.join(glob.escape(args.run_dir), "shards", "*", "*.tar")):
+        raise UserError(f"{args.run_dir}/shards holds a partition, but {clusters_file} is missing: delete {args.run_dir}/shards to make it anew")
     manifests = read_manifests(folders, old["fingerprint"] if old else "")
     if old and not args.append and old["tars"] != len(tars):
         lacking = sorted(recorded_sources(manifests).keys() - tars.keys())
         gone = f"; {lacking[0]}.tar is missing now" if lacking else ""
-        raise UserError(f"{args.run} was clustered from other data ({old['tars']} tars, now {len(tars)}{gone}): use another --run, or --append to add new tars to it")
+        raise UserError(f"{args.run_dir} was clustered from other data ({old['tars']} tars, now {len(tars)}{gone}): use another --run-dir, or --append to add new tars to it")
     if args.append:
         if lacking := [folder for folder, manifest in zip(folders, manifests) if not manifest["tars"]]:
             raise UserError(f"{lacking[0]} has no manifest: --append needs the whole partition, as cluster.py left it")
 
-    with alone(os.path.join(args.run, "cluster.lock"), args.run):
+    with alone(os.path.join(args.run_dir, "cluster.lock"), args.run_dir):
         ranks = start(args.device, timeout=timedelta(days=7))      # a rank may have a much larger tar than the others
         if ranks.rank == 0:     # tried before the work
             for place in ("features", "shards", "logs"):
-                try_folder(os.path.join(args.run, place))
+                try_folder(os.path.join(args.run_dir, place))
             for pattern in ("features/*.tmp", "shards/*/*.tmp"):    # of a call that was killed
-                for path in glob.glob(os.path.join(glob.escape(args.run), pattern)):
+                for path in glob.glob(os.path.join(glob.escape(args.run_dir), pattern)):
                     os.remove(path)
         barrier()
         meant = old["networks"] if old else space.info      # by the later stages, which use no others
         if not old:
             on_rank_0(space.name_weights)
         prepare, function, info = extractor(config.features, ranks.device)
-        if old and networks.identity(old["extractor"]) != networks.identity(info):
-            raise UserError(f"{clusters_file} was made with features of {networks.label(old['extractor'])}, now they would be of {networks.label(info)}: "
-                            f"give that network (and --features.precision), or use another --run")
-        features = {name: os.path.join(args.run, "features", f"{name}.safetensors") for name in tars}
+        if old and encoders.identity(old["extractor"]) != encoders.identity(info):
+            raise UserError(f"{clusters_file} was made with features of {encoders.label(old['extractor'])}, now they would be of {encoders.label(info)}: "
+                            f"give that network (and --features.precision), or use another --run-dir")
+        features = {name: os.path.join(args.run_dir, "features", f"{name}.safetensors") for name in tars}
         if old:
-            check_sources(args.run, tars, features, manifests, old, args.append, ranks)
+            check_sources(args.run_dir, tars, features, manifests, old, args.append, ranks)
         all_tars = tars
         if args.append:
             tars = not_there(tars, manifests)       # an --append that was interrupted goes on with the rest
@@ -639,7 +654,7 @@ def main():
 
         about = [read_metadata(features[name]) for name in names]
         counts = [a["images"] for a in about]
-        check_skipped(args.run, tars, about, left, config, ranks)
+        check_skipped(args.run_dir, tars, about, left, config, ranks)
         sources = {name: a["source"]["sha256"] for name, a in zip(names, about)}
         # what is appended is named by all that was given, whether it is there already or not
         inputs = name_inputs(sources | {name: source for name, source in recorded_sources(manifests).items() if name in all_tars})
@@ -647,9 +662,9 @@ def main():
             clusters = load_file(clusters_file)
             clusters.pop("counts")
         else:
-            fine = min(c.fine, sum(counts) // 39)
+            fine = min(c.fine_clusters, sum(counts) // 39)
             if K > fine:
-                raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine = {c.fine}, at most a 39th "
+                raise UserError(f"{K} experts need as many fine clusters, there are {fine} (cluster.fine_clusters = {c.fine_clusters}, at most a 39th "
                                 f"of the {sum(counts)} usable images): fewer --experts, or more data")
             clusters = broadcast(find_centroids([features[n] for n in names], counts, fine, config) if ranks.rank == 0 else None)
             if c.balance:
@@ -661,7 +676,7 @@ def main():
                     print(words, flush=True)
         mark = fingerprint(clusters, config, info)
         if old and (mark != old["fingerprint"] or len(clusters["coarse_centroids"]) != K):
-            raise UserError(f"{args.run}/config.toml has other [cluster] settings than {clusters_file} was made with: use another --run")
+            raise UserError(f"{args.run_dir}/config.toml has other [cluster] settings than {clusters_file} was made with: use another --run-dir")
         sizes = np.zeros(K, np.int64)
         for name in mine:
             sizes += np.bincount(assign(load_file(features[name])["features"], name, clusters, config), minlength=K)
@@ -676,7 +691,7 @@ def main():
                 save_file(clusters | {"counts": np.array(counts, np.int64)}, temporary, metadata={"nanoddm": json.dumps(metadata, sort_keys=True)})
 
         if ranks.rank == 0 and not args.append:     # only now: a call that failed above leaves no config behind that the next one would have to match
-            write_toml(config, os.path.join(args.run, "config.toml"))
+            write_toml(config, os.path.join(args.run_dir, "config.toml"))
             write_clusters(sizes, len(tars), 0)
         barrier()
 
@@ -696,7 +711,7 @@ def main():
             if args.append:
                 every = len(manifests[0]["tars"])
                 write_clusters(sizes, every, old.get("appended", 0) + every - old["tars"])
-            contact_sheet(args.run, sizes)
+            contact_sheet(args.run_dir, sizes)
             print(f"\ncluster   images   share      fingerprint {mark}")
             for k, n in enumerate(sizes):
                 print(f"{k:7d} {n:8d}   {n / sum(sizes):5.1%}   {'#' * round(50 * n / max(sizes))}")

@@ -1,8 +1,8 @@
 """Stage 6: distils the ensemble into one dense student, which needs no router and is used like a monolith (section 3.6 of the paper).
 
-    torchrun --nproc_per_node=8 -- distill.py --run runs/laion
-    python distill.py --run runs/demo --init 3 --train.steps 500       # begins with the weights of expert 3 (or all: the monolith's)
-    python sample.py --run runs/demo --student --prompt "a red circle"
+    torchrun --nproc_per_node=8 distill.py --run-dir runs/laion
+    python distill.py --run-dir runs/demo --init 3 --train.steps 500       # begins with the weights of expert 3 (or all: the monolith's)
+    python sample.py --run-dir runs/demo --student --prompt "a red circle"
 
 reads   RUN/config.toml, RUN/clusters.safetensors, RUN/experts/K.safetensors of all clusters, RUN/shards/K/*.tar or RUN/latents/K/*.tar; the
         pretrained networks whose work is not cached
@@ -23,11 +23,14 @@ import torch
 import engine
 import flow
 import model as models
-import networks
-import plan
 import training
-from common import UserError, broadcast, load_run, on_rank_0, parse, read_clusters, script, start
-from ensemble import Ensemble
+from ddm import artifacts, encoders, plan
+from ddm.config import load_run, parse
+from ddm.ensemble import Ensemble
+from ddm.errors import UserError, script
+from ddm.process import broadcast, on_rank_0, start
+from ddm.run import read_clusters
+
 
 GOLDEN = (5 ** 0.5 - 1) / 2
 BLOCK = 2 ** 16      # micro-batches whose clusters are worked out together
@@ -92,7 +95,7 @@ def initial_weights(run, shard, config):
     if not os.path.exists(path):
         raise UserError(f"--init {shard}: there is no {path}; give the number of an expert that is there, or all for the monolith")
     try:
-        network, info = models.load(path)
+        network, info = artifacts.load(path)
     except ValueError as error:
         raise UserError(f"--init {shard}: {error}") from None
     if (info["objective"], info["path"]) != ("velocity", "linear"):
@@ -110,9 +113,9 @@ def keep_teachers(teachers, resident, config, train, ranks, share, frozen):
     that is not there is read from disk. frozen: bytes of the frozen networks. -> bytes of the teachers.
     """
     shapes = [models.ModelConfig(**info["model"]) for info in teachers.infos.values()]
-    sizes = [models.parameters(shape) * teachers.dtype.itemsize for shape in shapes]
+    sizes = [plan.parameter_count(shape) * teachers.dtype.itemsize for shape in shapes]
     if resident < 0 and ranks.device.type == "cuda":
-        bf16 = networks.resolve(train.precision, ranks.device) == "bf16"
+        bf16 = encoders.resolve(train.precision, ranks.device) == "bf16"
         need = plan.Memory(config, bf16, beside=frozen)
         fit = need.teachers(train, ranks.world, share, sizes, plan.device_memory(ranks.device))
         resident = broadcast(fit)       # GPUs may differ by a few bytes
@@ -130,7 +133,7 @@ def main():
                         help="teachers on the device at most (default: as many as fit by the estimate of "
                         "--plan, on a CPU all; 0: all)")
     args, given = parse(parser)
-    config = load_run(args.run, given, "student", args.plan)
+    config = load_run(args.run_dir, given, "student", args.plan)
     config.flow.objective, config.flow.path = "velocity", "linear"      # the student's, whatever its teachers'
     train = training.stage_config(config, "student")
     K = config.cluster.experts
@@ -138,43 +141,43 @@ def main():
     if args.plan is not None:       # teachers of the student's size: a forward of each image, and their weights
         shape = training.model_config(config, "model", training.plan_space(args, config))
         return plan.report("student", shape, train, batch, config, teachers=K, resident=args.resident)
-    clusters = read_clusters(args.run)
-    if there := set(map(str, range(K))) - set(training.find_shards(args.run)):
-        raise UserError(f"the student needs all {K} shards, {args.run} lacks {', '.join(sorted(there, key=int))}")
+    clusters = read_clusters(args.run_dir)
+    if there := set(map(str, range(K))) - set(training.find_shards(args.run_dir)):
+        raise UserError(f"the student needs all {K} shards, {args.run_dir} lacks {', '.join(sorted(there, key=int))}")
 
-    with training.owned(args.run, "student"):
+    with training.owned(args.run_dir, "student"):
         ranks = start(args.device, training.patience(train))
         share = batch // ranks.world
         train.micro_batch = micro = train.micro_batch or math.gcd(share, max(1, batch // K))
         if batch % ranks.world or share % micro:
             raise UserError(f"a batch of {batch} on {ranks.world} ranks is {batch / ranks.world:g} each, which must be a multiple of the micro-batch of one "
                             f"cluster, {micro}: change --train.batch or --train.micro_batch")
-        parts, space = training.open_shards(args.run, [str(k) for k in range(K)], config, train, ranks, clusters, apart=True, verify=args.verify)
+        parts, space = training.open_shards(args.run_dir, [str(k) for k in range(K)], config, train, ranks, clusters, apart=True, verify=args.verify)
         data = ByCluster(parts, micro)
         if config.autoencoder.name:
             on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures: missed now, not after hours
         student_config = training.model_config(config, "model", space)
         info = training.describe(config, space, clusters) | {"objective": "velocity", "path": "linear", "shard": "student", "init": args.init}
-        teachers = Ensemble(args.run, ranks.device, require_all=True)
+        teachers = Ensemble(args.run_dir, ranks.device, require_all=True)
         if len(teachers.paths) != K:
-            raise UserError(f"the student needs all {K} experts as teachers, {args.run}/experts has {', '.join(map(str, teachers.paths))}")
+            raise UserError(f"the student needs all {K} experts as teachers, {args.run_dir}/experts has {', '.join(map(str, teachers.paths))}")
         teachers.check_fits("the student", {"model": vars(student_config), **info})
-        initial, begun = initial_weights(args.run, args.init, student_config) if args.init else (None, {"flops": 0})
+        initial, begun = initial_weights(args.run_dir, args.init, student_config) if args.init else (None, {"flops": 0})
         beside = space.weight_bytes() + keep_teachers(teachers, args.resident, student_config, train, ranks, share, space.weight_bytes())
-        state = engine.State(args.run, "student", student_config, train, ranks, config, space, batch, initial, beside, shard="student", init=args.init,
+        state = engine.State(args.run_dir, "student", student_config, train, ranks, config, space, batch, initial, beside, shard="student", init=args.init,
                              clustering=clusters["fingerprint"], images=len(data), micro_batch=micro,
                              teachers=" ".join(f"{k}:{about['step']}" for k, about in teachers.infos.items()))
         # beside its own training, of each image: the forward of its teacher
-        state.image_flops += sum(len(part) * models.flops(models.ModelConfig(**teachers.infos[k]["model"])) for k, part in enumerate(parts)) // len(data)
+        state.image_flops += sum(len(part) * plan.flops(models.ModelConfig(**teachers.infos[k]["model"])) for k, part in enumerate(parts)) // len(data)
         info["init_flops"] = begun["flops"]
 
-        path = os.path.join(args.run, "student.safetensors")
+        path = os.path.join(args.run_dir, "student.safetensors")
         data.cluster(state.step * batch // micro)       # after a resume: counted once, before the decoding processes are forked
         for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
             first = (state.step * batch + ranks.rank * share) // micro      # this rank's first micro-batch of the step
             for m, b in enumerate(step.batches(), first):
-                t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
-                c = models.drop_condition(state.model.config, b.c, b.drop < config.data.drop)
+                t = flow.sample_time(b.u, config.flow.t_density, config.flow.shift)
+                c = models.drop_condition(state.model.config, b.c, b.drop < config.data.cond_dropout)
                 teacher = lambda x_t, t, c: teachers.expert_velocity(data.cluster(m), x_t, t, c)
                 loss = flow.distillation_loss(step.model, teacher, b.x_0, c, t, b.eps)        # [B], section 3.6
                 step.backward(loss, t)

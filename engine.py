@@ -24,15 +24,26 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-import model as models
-import networks
-import plan
-from common import UserError, barrier, broadcast, differences, flat, gather, on_rank_0, read_json, sum_over_ranks, sync, write_text
+from ddm import artifacts, encoders, plan
+from ddm.config import differences, flat
+from ddm.errors import UserError
+from ddm.files import read_json, sync, write_text
+from ddm.process import barrier, broadcast, gather, on_rank_0, sum_over_ranks
+
 
 BINS = 5            # of t in [0,1], in the log
 SHOWN = 6           # where in the sums the bins begin
@@ -41,8 +52,6 @@ FINISHED, UNFINISHED, FAILED = "finished", "to be continued", "failed"
 STATE = {"step": int, "seconds": float, "device_seconds": float, "bad": int, "nonfinite": [float], "skipped": [list],
          "identity": dict, "files": {str: int}}
 
-
-# ---- blocks: activation checkpointing and compilation -----------------------------------------------------------------
 
 def keep_matmuls(_, op, *args, **kwargs):
     """Selective checkpointing: what matrix products and attention give is kept; what is cheap (norms, modulation, GELU) is computed again."""
@@ -114,14 +123,10 @@ def warn_of_rest(name, share, micro):
               file=sys.stderr, flush=True)
 
 
-# ---- state --------------------------------------------------------------------------------------------------------
-
 # torch warns at each checkpoint of a single process that it is one; and 2.13 of broadcast_buffers, whose successor 2.12 lacks. (For good: a filter
 # for the time of a call would not hold in the threads that write.)
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-
-
 _marking = threading.Lock()
 
 
@@ -158,10 +163,10 @@ class State:
         if batch % ranks.world:
             raise UserError(f"a batch of {batch} cannot be shared by {ranks.world} ranks: change train.batch or --nproc_per_node")
         # what may not change over a resume; the rest, such as steps or micro_batch, may
-        free = ("data.workers", "data.max_bad", "data.cached")
+        free = ("data.workers", "data.max_bad", "data.use_latents")
         self.identity = {k: v for k, v in flat(config).items() if k.startswith(("data.", "flow.")) and k not in free}
         self.identity |= {"train.seed": train.seed, "train.batch": train.batch, **identity}
-        self.identity |= {role: networks.identity(info) for role, info in space.info.items()}
+        self.identity |= {role: encoders.identity(info) for role, info in space.info.items()}
         self.identity |= {f"model.{k}": v for k, v in vars(model_config).items()}
         self.step, self.seconds, self.device_seconds, self.bad, self.warned, self.reported = 0, 0.0, 0.0, 0, 0, 0
         self.exported = True    # whether the last export could be written
@@ -187,7 +192,7 @@ class State:
         """Never two copies on a GPU: memory is taken shard by shard, and filled from a checkpoint or from rank 0's host memory."""
         train, ranks = self.train, self.ranks
         with torch.device("meta"):
-            self.model = models.build(model_config)
+            self.model = artifacts.build(model_config)
         self.image_flops = 3 * self.model.flops()       # forward, and twice that backward
         self.compiled = train.compile == "yes" or train.compile == "auto" and ranks.device.type == "cuda"
         prepare_blocks(self.model, train.activation_checkpointing, self.compiled)
@@ -203,7 +208,7 @@ class State:
             weights = {}
             if not self.sharded or ranks.rank == 0:
                 torch.manual_seed(train.seed)       # the same initial weights on all ranks
-                weights = models.build(model_config).state_dict() | (initial or {})
+                weights = artifacts.build(model_config).state_dict() | (initial or {})
             set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.sharded))
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         self.pairs = None       # (average, weights), this rank's parts of them: see update
@@ -236,7 +241,7 @@ class State:
         Without a finite norm, which is all ranks' alike, weights and optimiser stay as they are (the average goes on towards them). It is the optimiser's kernel that looks, as it does for
         torch.amp's scaler, so that nobody waits for the GPU here.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or float("inf"))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
@@ -245,7 +250,7 @@ class State:
         self.nonfinite[2] = self.nonfinite[2].maximum(self.nonfinite[0])
         self.optimizer.zero_grad(set_to_none=self.wrapped is self.model)        # DDP's gradients are views of its buckets: without them there would be two
         self.step += 1
-        decay = min(self.train.ema, (1 + self.step) / (10 + self.step))
+        decay = min(self.train.ema_decay, (1 + self.step) / (10 + self.step))
         if self.pairs is None:
             # taken once: of hundreds of DTensors they cost tens of milliseconds a step. Not before the first
             # step: until its forward pass FSDP may give weights another place in memory, after it nothing does
@@ -341,7 +346,7 @@ class State:
         mark(self.folder, status, state["step"])
         there = self.checkpoints()
         newest = there.index(place)     # later ones are damaged and were passed over
-        for old in there[:max(0, newest + 1 - self.train.keep)] + there[newest + 1:]:
+        for old in there[:max(0, newest + 1 - self.train.keep_last)] + there[newest + 1:]:
             if old > place or not self.train.keep_every or int(old[-8:]) % self.train.keep_every:
                 with contextlib.suppress(OSError):
                     os.rename(old, f"{old}.tmp")        # half deleted, it is no checkpoint any more
@@ -393,7 +398,7 @@ class State:
             with dispensable(path) as reasons:
                 for torn in glob.glob(f"{glob.escape(path)}.*.tmp"):     # of a run that was killed here
                     os.remove(torn)
-                models.save(path, self.model.config, weights, dtype, step=self.step, images=images, flops=self.image_flops * images, **info)
+                artifacts.save(path, self.model.config, weights, dtype, step=self.step, images=images, flops=self.image_flops * images, **info)
         self.exported = not sum(gather(reasons), [])
         if last and not self.exported:
             raise UserError(f"{path} could not be written: make room, and run the same command again")

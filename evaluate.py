@@ -1,11 +1,11 @@
 """Stage 5: numbers and tables. How good are an ensemble, its monolith and its student, and what did they cost?
 
-    python evaluate.py --run runs/demo --data 'data/shapes-held-out/*.tar' --samples 1000
-    python evaluate.py --run runs/laion --data 'data/val/*.tar' --features facebook/dinov2-large --clip openai/clip-vit-large-patch14
-    python evaluate.py --run runs/laion --data 'data/val/*.tar' --table strategies                      # the paper's table 1
-    python evaluate.py --run runs/k4 --runs runs/k8 runs/k16 --data 'data/val/*.tar' --table experts    # its figure 4
+    python evaluate.py --run-dir runs/demo --data 'data/shapes-held-out/*.tar' --samples 1000
+    python evaluate.py --run-dir runs/laion --data 'data/val/*.tar' --features facebook/dinov2-large --clip openai/clip-vit-large-patch14
+    python evaluate.py --run-dir runs/laion --data 'data/val/*.tar' --table strategies                      # the paper's table 1
+    python evaluate.py --run-dir runs/k4 --runs runs/k8 runs/k16 --data 'data/val/*.tar' --table experts    # its figure 4
     python evaluate.py --data 'data/val/*.tar' --images samples.npz --size 256 --out elsewhere          # pictures from anywhere
-    torchrun --nproc_per_node=8 -- evaluate.py --run runs/laion --data 'data/val/*.tar'                 # shared out over eight GPUs
+    torchrun --nproc_per_node=8 evaluate.py --run-dir runs/laion --data 'data/val/*.tar'                 # shared out over eight GPUs
 
 reads   the reference tars, pictures that nobody trained on; of RUN config.toml, clusters.safetensors and whatever is there: the experts and the
         router, experts/all.safetensors, student.safetensors, logs/*.csv; the pretrained networks that these need
@@ -25,23 +25,33 @@ import torch
 from PIL import Image
 
 import flow
-import networks
-from common import (UserError, atomic, collect, gather, load_run, make_config, make_parser, on_rank_0, parse, progress, read_clusters, script, start,
-                    sum_over_ranks, try_file, try_folder, write_text)
-from data import check_condition, find_tars, mix, permute, read_sources, square, subset
-from ensemble import DENSE, Ensemble, beginnings, check_settings, check_strategy, open_space
-from features import KEPT, cluster_space, distance_space, open_reference, read_pictures, read_reference
-from metrics import Statistics, frechet_distance, precision_recall, router_quality
-from model import normalise_text
-from report import as_text, experts_figure, ledger
+from data import check_condition, mix, permute, square, subset
+from ddm import encoders
+from ddm.config import load_run, make_config, make_parser, parse
+from ddm.ensemble import DENSE, Ensemble, beginnings, check_settings, check_strategy, open_space
+from ddm.errors import UserError, script
+from ddm.features import (
+    KEPT,
+    cluster_space,
+    distance_space,
+    open_reference,
+    read_pictures,
+    read_reference,
+)
+from ddm.files import atomic, try_file, try_folder, write_text
+from ddm.metrics import Statistics, frechet_distance, precision_recall, router_quality
+from ddm.process import collect, gather, on_rank_0, progress, start, sum_over_ranks
+from ddm.report import as_text, experts_figure, ledger
+from ddm.run import read_clusters
+from ddm.tars import find_tars, read_sources
+from ddm.text import normalise_text
+
 
 BINS = 10           # of t in [0,1], of the validation loss and the router's answers
 LOSSES = ["full", "top-1", "top-2", "threshold-0.1", "oracle"]
 TABLE_1 = ["full", "top-1", "top-2", "top-3", "sample-1", "sample-2", "sample-3", "threshold-0.01", "threshold-0.05", "threshold-0.1",
            ("nucleus-0.9", 0.5), ("nucleus-0.9", 1.0), ("nucleus-0.9", 2.0), "once"]        # strategy, or (strategy, router temperature)
 
-
-# ---- samples ------------------------------------------------------------------------------------------------------
 
 def draw(team, settings, space, conditions, labels, args, ranks):
     """Yields (numbers of samples, pictures uint8 [B,S,S,3]) of this rank's share of args.samples. labels [N]: each sample's expert, or None."""
@@ -93,11 +103,9 @@ def measure(batches, count, spaces, references, clusters=None, K=0, clip=None, c
     return row, None
 
 
-# ---- validation loss ----------------------------------------------------------------------------------------------
-
 def loss_precision(precision):
     """The context of a validation loss in this precision: without TF32 unless it is asked for."""
-    return contextlib.nullcontext() if precision == "tf32" else networks.exact_products()
+    return contextlib.nullcontext() if precision == "tf32" else encoders.exact_products()
 
 
 @torch.no_grad()
@@ -155,8 +163,6 @@ def summarise(losses):
     return summary
 
 
-# ---- one run ------------------------------------------------------------------------------------------------------
-
 def open_run(run, args, given, ranks):
     """All that can be known of a run before any work -> namespace of run, config, about, teams {model: Ensemble}, spaces {model: Space}, clusters.
 
@@ -197,7 +203,7 @@ def open_run(run, args, given, ranks):
         team.shift(settings)
         if model == "ensemble":
             if team.K != K or not team.routed and len(team.paths) > 1:
-                raise UserError(f"{run}/router.safetensors is missing: train it with train_router.py --run {run}, or choose --models {' '.join(DENSE)}")
+                raise UserError(f"{run}/router.safetensors is missing: train it with train_router.py --run-dir {run}, or choose --models {' '.join(DENSE)}")
             team.check(routed)
             for strategy in args.loss:
                 if strategy != "oracle":
@@ -314,10 +320,8 @@ def evaluate_images(args, spaces, ranks, save):
         save(result)
 
 
-# ---- the stage ----------------------------------------------------------------------------------------------------
-
 def read_arguments():
-    parser = make_parser(__doc__, ["sample"])
+    parser = make_parser(__doc__, "sample")
     group = parser.add_argument_group("what is measured")
     group.add_argument("--data", nargs="+", required=True, metavar="GLOB", help="the reference tars")
     group.add_argument("--samples", type=int, metavar="N", help="pictures to draw for each row (default: 10000; 0: none)")
@@ -333,21 +337,20 @@ def read_arguments():
                        "samples are drawn in --precision)")
     group.add_argument("--table", choices=["models", "strategies", "experts"], default="models", help="models (default): each model of the run; "
                        "strategies: every strategy, the paper's table 1; experts: several runs, its figure 4")
-    group.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="with --table experts: the runs beside --run")
+    group.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="with --table experts: the runs beside --run-dir")
     group.add_argument("--images", nargs="+", default=[], metavar="DIR|NPZ", help="no run: these pictures against the reference; needs --size and --out")
     group.add_argument("--size", type=int, default=0, metavar="S", help="with --images: pixels a side")
     group.add_argument("--seed", type=int, help="of samples and validation noise (default: 0)")
     group.add_argument("--batch", type=int, default=64, metavar="B", help="images at once (default: 64)")
     group.add_argument("--npz", action="store_true", help="write the samples of each row, too")
     group.add_argument("--out", default="", metavar="DIR", help="default: RUN/evaluation")
-    group = parser.add_argument_group("where the pretrained networks are, if not where they were in training")
     for role in ("autoencoder", "text", "features"):
         group.add_argument(f"--{role}.name", metavar="NAME", help="hub name or local folder of the same network")
     args, given = parse(parser)
     alone = {"--loss": args.loss, "--loss-precision": args.loss_precision.removeprefix("fp32"), "--samples": args.samples, "--loss-images": args.loss_images, "--seed": args.seed, "--models": args.models, "--clip": args.clip,
              "--npz": args.npz, "--table": args.table != "models"} | {f"--{name}": True for name in given}
     if args.images:
-        alone["--run"] = args.run != parser.get_default("run")
+        alone["--run-dir"] = args.run_dir != parser.get_default("run")
         if not args.size or not args.out:
             raise UserError("--images needs --size, the pixels of a side, and --out, a folder for the results")
         if idle := [flag for flag, value in alone.items() if value not in (None, False, "", [])]:
@@ -367,7 +370,7 @@ def read_arguments():
         if idle:
             raise UserError(f"{idle} does nothing with {why}")
     if (args.table == "experts") != bool(args.runs):
-        raise UserError("--table experts compares several runs: --run DIR --runs DIR ..." if not args.runs else "--runs needs --table experts")
+        raise UserError("--table experts compares several runs: --run-dir DIR --runs DIR ..." if not args.runs else "--runs needs --table experts")
     for strategy in args.loss:
         if strategy != "oracle" and check_strategy(strategy)[0] in ("oracle", *flow.DRAWING):
             raise UserError(f"--loss {strategy}: the loss means nothing for a strategy that draws, and the oracle of a reference picture is its own cluster: --loss oracle")
@@ -378,14 +381,14 @@ def main():
     args, given = read_arguments()
     tars = find_tars(args.data)
     ranks = start(args.device, timeout=timedelta(hours=12))     # one rank may have much more to read
-    opened = [] if args.images else [open_run(run, args, given, ranks) for run in [args.run, *args.runs]]
+    opened = [] if args.images else [open_run(run, args, given, ranks) for run in [args.run_dir, *args.runs]]
     usual = make_config({"features.name": "pixels"}).features if args.images else opened[0].config.features     # of several runs the first's
     named = [make_config({"features.name": name}).features for name in args.features] or [usual]
     spaces = [distance_space(settings, ranks.device) for settings in named] if args.samples else []
     if len({space.name for space in spaces}) < len(spaces):
         raise UserError(f"--features {' '.join(args.features)}: two of them are called the same")
-    clip = SimpleNamespace(**dict(zip(("prepare", "score", "info"), networks.clip_scorer(args.clip, ranks.device)))) if args.clip else None
-    folder = args.out or os.path.join(args.run, "evaluation")
+    clip = SimpleNamespace(**dict(zip(("prepare", "score", "info"), encoders.clip_scorer(args.clip, ranks.device)))) if args.clip else None
+    folder = args.out or os.path.join(args.run_dir, "evaluation")
     name, results, written = os.path.join(folder, "images" if args.images else args.table), {}, []
 
     def try_output():

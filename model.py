@@ -8,20 +8,13 @@ after FLUX, text is a second stream of tokens, with weights of its own in the fi
 The condition c is None (condition = none), class numbers [B] (class), or for text word numbers [B,L] (see hash_words) or the token
 features [B,L,E] of a pretrained encoder. In a text, a row of zeros is no token; a text of none is no condition.
 """
-import functools
-import json
 import math
-import os
-import re
-import unicodedata
-import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+
 
 #                        dim  depth  heads  double
 SIZES = {"DiT-S":       ( 384,   12,    6,     0),
@@ -34,10 +27,6 @@ SIZES = {"DiT-S":       ( 384,   12,    6,     0),
          "MMDiT-tiny":  ( 128,    4,    4,     1)}
 PRESETS = {f"{name}/{patch}": dict(dim=dim, depth=depth, heads=heads, patch=patch, double=double)
            for name, (dim, depth, heads, double) in SIZES.items() for patch in (2, 4, 8)}
-
-
-UMASK = os.umask(0)     # there is no other way to read it, and threads must not do it beside each other
-os.umask(UMASK)
 
 
 @dataclass
@@ -68,73 +57,6 @@ class ModelConfig:
                              f"at most all of its {self.depth} blocks double-stream")
 
 
-# ---- text -----------------------------------------------------------------------------------------
-
-# Formatting characters that nobody sees: soft hyphens, marks of direction, word joiners, byte order
-# marks. Not the joiners U+200C and U+200D, which change how letters and emoji look.
-INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
-# control characters and the space of no width are space
-SPACES = re.compile("[\\s\\x00-\\x1f\\x7f-\\x9f\u200b]+")
-
-# The letters are kinds of characters, as _kind tells them. A flag is a pair of regional indicators (r).
-# A symbol (s) has its skin tone (t), its marks (m), and joined (j) to others it is one emoji. A word is
-# letters, digits, underscores (w) and marks. Anything else but space (x) counts where it carries a mark:
-# the keycap of "#", the "!!" that is drawn as an emoji.
-WORD = re.compile("rr?|[st][tm]*(?:j+[st][tm]*)*|[wm]+(?:j+[wm]+)*|xm+")
-# behind a character: the same one, drawn in another way
-VARIANTS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-
-
-def normalise_text(text):
-    """A caption or a prompt as every text encoder gets it: one line, in which what looks alike is alike.
-
-    Unicode's NFC, no invisible characters, no outer spaces; spaces, line ends and control characters in
-    a row are one space.
-    """
-    if text.isascii() and text.isprintable() and "  " not in text:      # the same, sooner
-        return text.strip()
-    text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
-    return SPACES.sub(" ", text).strip()
-
-
-def words(text):
-    """The words of a text, a list, in lower case: letters, digits, underscores with their marks; each symbol."""
-    if text.isascii():      # the same, sooner
-        return re.findall(r"\w+", text.lower())
-    text = normalise_text(text).lower()
-    kinds = "".join(map(_kind, text))
-    found = [VARIANTS.sub("", text[match.start():match.end()]) for match in WORD.finditer(kinds)]
-    return [word for word in found if word]
-
-
-@functools.lru_cache(4096)
-def _kind(character):
-    """The kind of a character, one letter of those that WORD is written in."""
-    if character.isalnum() or character == "_":
-        return "w"
-    if character in "\u200c\u200d":
-        return "j"
-    if "\U0001f1e6" <= character <= "\U0001f1ff":
-        return "r"
-    # modifiers of the skin's colour, and the tags that spell the flags of regions
-    if "\U0001f3fb" <= character <= "\U0001f3ff" or "\U000e0020" <= character <= "\U000e007f":
-        return "t"
-    category = unicodedata.category(character)
-    if category[0] in "MZ":
-        return "m" if category[0] == "M" else " "
-    # "$", "+" and their like are no words, as any punctuation
-    return "s" if category in ("So", "Sm", "Sc") and not character.isascii() else "x"
-
-
-def hash_words(text, length, vocab):
-    """Words of a caption as numbers 1..vocab-1, zero-padded to `length` [L] int64. The empty text is all zeros: no condition.
-
-    A fixed hash (CRC-32) instead of a vocabulary file: nothing to build, to ship or to keep in step between nodes.
-    """
-    numbers = [zlib.crc32(word.encode()) % (vocab - 1) + 1 for word in words(text)[:length]]
-    return torch.tensor(numbers + [0] * (length - len(numbers)), dtype=torch.int64)
-
-
 def sincos_2d(dim, side):
     """[side*side, dim]: sines and cosines of the row in one half, of the column in the other."""
     freq = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -146,26 +68,6 @@ def sincos_2d(dim, side):
 
 def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def rms_norm(x, weight):
-    """x [...,d] by its root mean square, times weight [d]."""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), 1e-6)      # of one dtype: the fused kernel wants it so
-
-
-def rotary_2d(dim, side):
-    """[side*side, dim/2]: the angles of rotary positions, of the row in one half, of the column in the other, both from the picture's centre."""
-    freq = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2)[:, None] * freq      # [side, dim/4]
-    rows, cols = angle[:, None].expand(side, side, -1), angle[None].expand(side, side, -1)
-    return torch.cat([rows, cols], dim=2).reshape(side * side, dim // 2).float()
-
-
-def rotate(x, angle):
-    """x [B,H,N,d] with the pairs (i, i + d/2) of its last dimension turned by angle [N,d/2]."""
-    a, b = x.float().chunk(2, dim=3)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=3).to(x.dtype)
 
 
 class GELU(nn.Module):
@@ -215,72 +117,6 @@ class Block(nn.Module):
         if self.cross is not None:
             x = x + self.cross(x, y, mask)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
-
-
-class Stream(nn.Module):
-    """The weights that a double-stream block has for its picture tokens, or for its text tokens."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(dim // heads)) for _ in range(2))
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), GELU(), nn.Linear(4 * dim, dim))
-
-    def heads_of(self, x, shift, scale):
-        """[B,N,D] -> q, k, v [B,H,N,D/H]."""
-        q, k, v = self.qkv(modulate(self.norm1(x), shift, scale)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return rms_norm(q, self.q_norm), rms_norm(k, self.k_norm), v
-
-    def finish(self, x, out, gate1, shift2, scale2, gate2):
-        """x [B,N,D] and what it attended to -> [B,N,D]."""
-        x = x + gate1[:, None] * self.proj(out)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
-
-
-class DoubleBlock(nn.Module):
-    """Picture and text apart but for the attention, in which each token sees all of both (Esser et al. 2024)."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.text, self.image = Stream(dim, heads), Stream(dim, heads)
-        self.table = nn.Parameter(torch.zeros(2, 6, dim))       # added to the shared modulation, as in PixArt-alpha
-
-    def forward(self, y, x, c, angle, mask):
-        """y [B,M,D], x [B,N,D]; c [B,6,D]; angle [M+N,d/2]; mask [B,1,1,M+N] -> y, x."""
-        mod_y, mod_x = ((c + table).unbind(1) for table in self.table)
-        (qy, ky, vy), (qx, kx, vx) = self.text.heads_of(y, *mod_y[:2]), self.image.heads_of(x, *mod_x[:2])
-        q, k, v = torch.cat([qy, qx], dim=2), torch.cat([ky, kx], dim=2), torch.cat([vy, vx], dim=2)        # [B,H,M+N,d]
-        out = F.scaled_dot_product_attention(rotate(q, angle), rotate(k, angle), v, attn_mask=mask).transpose(1, 2).flatten(2)
-        out_y, out_x = out.split([y.shape[1], x.shape[1]], dim=1)
-        return self.text.finish(y, out_y, *mod_y[2:]), self.image.finish(x, out_x, *mod_x[2:])
-
-
-class SingleBlock(nn.Module):
-    """Picture and text as one sequence; attention and MLP side by side, in two matrices (Dehghani et al. 2023, FLUX)."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.linear1 = nn.Linear(dim, 7 * dim)      # q, k, v and the MLP's hidden layer
-        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(dim // heads)) for _ in range(2))
-        self.gelu = GELU()
-        self.linear2 = nn.Linear(5 * dim, dim)
-        self.table = nn.Parameter(torch.zeros(3, dim))
-
-    def forward(self, z, c, angle, mask):
-        """z [B,M+N,D]; c [B,6,D], of which the first three serve here; angle [M+N,d/2]; mask [B,1,1,M+N] -> z."""
-        shift, scale, gate = (c[:, :3] + self.table).unbind(1)
-        D = z.shape[2]
-        qkv, hidden = self.linear1(modulate(self.norm(z), shift, scale)).split([3 * D, 4 * D], dim=2)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)                              # [B,H,M+N,d]
-        q, k = rotate(rms_norm(q, self.q_norm), angle), rotate(rms_norm(k, self.k_norm), angle)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return z + gate[:, None] * self.linear2(torch.cat([out.transpose(1, 2).flatten(2), self.gelu(hidden)], dim=2))
 
 
 class Trunk(nn.Module):
@@ -413,47 +249,6 @@ class DiT(Trunk):
         return x.reshape(-1, C, n * p, n * p)
 
 
-class MMDiT(DiT):
-    """A denoiser of two streams, text and picture, after FLUX: double-stream blocks, then single-stream ones. Rotary positions, normalised
-    queries and keys, one modulation that all blocks share (each adds a learned table to it)."""
-
-    def make_blocks(self, c):
-        self.blocks = nn.ModuleList(DoubleBlock(c.dim, c.heads) if i < c.double else SingleBlock(c.dim, c.heads) for i in range(c.depth))
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
-        self.final_table = nn.Parameter(torch.zeros(2, c.dim))
-
-    def reset_positions(self, device=None, dtype=None):
-        self.positions = rotary_2d(self.config.dim // self.config.heads, self.config.size // self.config.patch).to(device)     # fp32 always
-
-    def joints(self):
-        return [self.modulation[1]]
-
-    def trunk(self, x_t, t, c):
-        """-> [B,N,D]: the picture's tokens after the blocks, normalised and modulated."""
-        x, emb = self.embed(x_t, t, c)                                          # [B,N,D], [B,D]
-        if self.config.condition == "text":
-            y, mask = self.embed_text(c)                                        # [B,M,D], [B,M]
-            mask = F.pad(mask, (0, x.shape[1]), value=True)[:, None, None]      # [B,1,1,M+N]
-        else:
-            y, mask = self.text_norm(self.text_null).expand(len(x), -1, -1), None
-        # both streams in one precision: under autocast a norm gives fp32 and the patches come in bf16, which the first
-        # block's sums would make fp32. All other blocks would then be another graph than the first
-        x = x.to(y.dtype)
-        angle = F.pad(self.positions, (0, 0, y.shape[1], 0))                    # text is not turned
-        mod = self.modulation(emb).unflatten(1, (6, -1))                        # [B,6,D]
-        for block in self.blocks[:self.config.double]:
-            y, x = block(y, x, mod, angle, mask)
-        z = torch.cat([y, x], dim=1)                                            # [B,M+N,D]
-        for block in self.blocks[self.config.double:]:
-            z = block(z, mod, angle, mask)
-        shift, scale = (emb[:, None] + self.final_table).unbind(1)
-        return modulate(self.final_norm(z[:, y.shape[1]:]), shift, scale)
-
-    def block_flops(self):
-        D, T = self.config.dim, sum(self.tokens())
-        return self.config.depth * (24 * T * D * D + 4 * T * T * D) + 12 * D * D        # both kinds of block cost the same
-
-
 class Router(Trunk):
     """p(k | x_t, t, c) (eq. 5): the DiT trunk with a learned CLS token and a linear head over the clusters."""
 
@@ -480,83 +275,3 @@ def null_condition(config, c):
 def drop_condition(config, c, drop):
     """c with the samples where drop [B] holds made unconditional."""
     return None if c is None else torch.where(drop.view(-1, *[1] * (c.ndim - 1)), null_condition(config, c), c)
-
-
-def build(config):
-    """The model of a ModelConfig, with initial weights."""
-    return (Router if config.clusters else MMDiT if config.double else DiT)(config)
-
-
-def flops(config):
-    """Forward FLOPs of one image through the model of a ModelConfig, which is not built."""
-    with torch.device("meta"):
-        return build(config).flops()
-
-
-def parameters(config):
-    """Weights of the model of a ModelConfig, which is not built."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build(config).parameters())
-
-
-def save(path, config, state, dtype=torch.float32, /, **info):
-    """Writes weights {name: tensor} as one safetensors file that `load` rebuilds the model from. info: whatever JSON can hold.
-
-    All metadata is one key of sorted JSON: safetensors orders several keys at random, and equal runs must give equal files.
-    """
-    text = json.dumps({"model": asdict(config), **info}, sort_keys=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    try:
-        save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, temporary, metadata={"nanoddm": text})
-        os.chmod(temporary, 0o666 & ~UMASK)     # safetensors would make it private
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())        # before it has its name: power may fail
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError:         # some network file systems cannot
-            pass
-        finally:
-            os.close(folder)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def read_info(path):
-    """A saved model's metadata, without its weights. ValueError if the file is damaged, lacks weights or is another program's."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            info = json.loads((f.metadata() or {})["nanoddm"])
-            if info["model"]["depth"] > len(f.keys()):      # building a million blocks would take hours
-                raise ValueError("it has fewer weights than blocks")
-            with torch.device("meta"):
-                wanted = {k: list(v.shape) for k, v in build(ModelConfig(**info["model"])).state_dict().items()}
-            there = {k: f.get_slice(k).get_shape() for k in f.keys()}
-        if there != wanted:
-            raise ValueError(f"weights {sorted(k for k in {*there, *wanted} if there.get(k) != wanted.get(k))[:3]} are not as its description says")
-        return info
-    except Exception as error:      # safetensors raises its own kinds
-        raise ValueError(f"{path} is not a model of this project, or has been cut short or damaged: copy it again ({type(error).__name__}: {error})") from None
-
-
-def load(path, device="cpu", dtype=torch.float32):
-    """-> (model in eval mode on device, its weights as dtype, a router's head as float32; its metadata). ValueError as read_info.
-
-    Nothing is copied that need not be: on a CPU, weights that are of this dtype in the file stay mapped from it.
-    """
-    info = read_info(path)
-    with torch.device("meta"):
-        model = build(ModelConfig(**info["model"]))
-    exact = ("head.weight", "head.bias") if info["model"]["clusters"] else ()
-    with safe_open(path, framework="pt", device=str(device)) as f:
-        # one by one: never twice on the device
-        weights = {k: f.get_tensor(k).to(torch.float32 if k in exact else dtype) for k in f.keys()}
-    spoilt = [k for k, weight in weights.items() if not weight.isfinite().all()]
-    if spoilt:
-        raise ValueError(f"{path} is damaged, its weights {spoilt[0]} are not finite: copy it again, or train it again")
-    model.load_state_dict(weights, assign=True)
-    model.reset_positions(device, dtype)
-    return model.eval(), info

@@ -1,9 +1,9 @@
 """Stage 4: prompt -> image, the experts combined by the router.
 
-    python sample.py --run runs/demo --prompt "a red circle" --prompt "a white cross" --n 8 --out shapes.png
-    python sample.py --run runs/cifar --class 3 --strategy once --cfg 2 --solver ab2 --steps 25
-    python sample.py --run runs/demo --prompts prompts.txt --monolith --out monolith/                # or --student, distill.py's
-    torchrun --nproc_per_node=8 -- sample.py --run runs/laion --prompts prompts.txt --n 4        # shared out over eight GPUs
+    python sample.py --run-dir runs/demo --prompt "a red circle" --prompt "a white cross" --num-images 8 --out shapes.png
+    python sample.py --run-dir runs/cifar --class 3 --strategy once --cfg 2 --solver ab2 --steps 25
+    python sample.py --run-dir runs/demo --prompts prompts.txt --monolith --out monolith/                # or --student, distill.py's
+    torchrun --nproc_per_node=8 sample.py --run-dir runs/laion --prompts prompts.txt --num-images 4        # shared out over eight GPUs
 
 reads   RUN/router.safetensors, RUN/experts/*.safetensors (a missing expert is left out), or with --monolith RUN/experts/all.safetensors, with
         --student RUN/student.safetensors; RUN/config.toml if it is there ([sample]); the autoencoder and the text encoder that these were trained with
@@ -21,11 +21,14 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 import flow
-from common import (CONFIG, UserError, atomic, gather, make_config, make_parser, on_rank_0, parse, progress, read_text, read_toml, script, start,
-                    sum_over_ranks, try_file, try_folder)
-from data import COLOURS, cut_label, label_font, picture_grid
-from ensemble import DENSE, Ensemble, beginnings, check_settings, check_strategy, open_space
-from model import normalise_text
+from ddm.config import CONFIG, make_config, make_parser, parse, read_toml
+from ddm.ensemble import DENSE, Ensemble, beginnings, check_settings, check_strategy, open_space
+from ddm.errors import UserError, script
+from ddm.files import atomic, read_text, try_file, try_folder
+from ddm.pictures import COLOURS, cut_label, label_font, picture_grid
+from ddm.process import gather, on_rank_0, progress, start, sum_over_ranks
+from ddm.text import normalise_text
+
 
 GRID = 1024         # pictures in a grid.png beside single files, at most
 SHOWN = 32          # images whose routing is drawn, at most
@@ -186,13 +189,13 @@ def png_info(args, settings, prompt, seed, share=None):
 
 
 def main():
-    parser = make_parser(__doc__, ["sample"])
+    parser = make_parser(__doc__, "sample")
     group = parser.add_argument_group("what to draw")
     group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
     group.add_argument("--prompts", default="", metavar="FILE", help="a file of prompts, one a line")
     group.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from, in place of no prompt")
     group.add_argument("--class", dest="classes", type=int, action="append", default=[], metavar="N", help="a class; several times, too")
-    group.add_argument("--n", type=int, default=4, metavar="N", help="images of each (default: 4)")
+    group.add_argument("--num-images", type=int, default=4, metavar="N", help="images of each (default: 4)")
     group.add_argument("--seed", type=int, default=0, help="default: 0")
     group.add_argument("--out", default="", metavar="PNG|DIR", help="default: RUN/samples")
     group.add_argument("--batch", type=int, default=64, metavar="B", help="images at once (default: 64)")
@@ -201,11 +204,8 @@ def main():
         only.add_argument(f"--{name}", dest="only", action="store_const", const=name, default="", help=f"from {path} instead of the ensemble")
     group.add_argument("--require-all", action="store_true", help="a missing or unreadable expert is an error")
     group.add_argument("--show-routing", action="store_true", help=f"a picture of the router's answers and of x_0 over time ({SHOWN} images at most)")
-    group = parser.add_argument_group("where the pretrained networks are, if not where they were in training")
-    for role in ("autoencoder", "text"):
-        group.add_argument(f"--{role}.name", metavar="NAME", help="hub name or local folder of the same network")
     args, given = parse(parser)
-    path = os.path.join(args.run, "config.toml")
+    path = os.path.join(args.run_dir, "config.toml")
     config = make_config(read_toml(path) if os.path.exists(path) else {}, given)
     settings = config.sample
     strategy, _ = check_strategy(settings.strategy)
@@ -213,9 +213,9 @@ def main():
         if "sample.strategy" in given:
             raise UserError(f"--{args.only} is one model: it takes no --strategy {settings.strategy}")
         settings.strategy = strategy = "full"
-    if min(args.n, args.batch) < 1:
-        raise UserError(f"--n {args.n} and --batch {args.batch} must be at least 1")
-    if not 0 <= args.seed < 2 ** 63 - args.n:
+    if min(args.num_images, args.batch) < 1:
+        raise UserError(f"--num-images {args.num_images} and --batch {args.batch} must be at least 1")
+    if not 0 <= args.seed < 2 ** 63 - args.num_images:
         raise UserError(f"--seed {args.seed} must be from 0 to 2^63")
     check_settings(settings, given, args.only)
     if os.path.splitext(args.out)[1].lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
@@ -225,7 +225,7 @@ def main():
 
     ranks = start(args.device)
     device = ranks.device
-    team = Ensemble(args.run, device, args.only, settings.resident, settings.precision, settings.compile, args.require_all)
+    team = Ensemble(args.run_dir, device, args.only, settings.resident, settings.precision, settings.compile, args.require_all)
     team.check(settings)
     settings.precision = team.precision         # what it means on this device, for the images' text chunks
     times = flow.time_grid(settings.steps, team.shift(settings))
@@ -238,14 +238,14 @@ def main():
     space.forget("text")            # it may be larger than an expert
     space.network("autoencoder")    # the wrong one is refused now, not after the work
     files, grid, routing_file = not args.out.lower().endswith(".png"), args.out, f"{args.out[:-4]}.routing.png"
-    folder, removed = args.out or os.path.join(args.run, "samples"), []
+    folder, removed = args.out or os.path.join(args.run_dir, "samples"), []
     if files:
         grid, routing_file = (os.path.join(folder, name) for name in ("grid.png", "routing.png"))
     on_rank_0(lambda: removed.append(clear_output(folder, files, grid, routing_file, args.show_routing)))
 
     calls = flow.evaluations(settings.steps, settings.solver)
     shape = (team.config.channels, team.config.size, team.config.size)
-    jobs = [(p, args.seed + i) for p in range(len(captions)) for i in range(args.n)]
+    jobs = [(p, args.seed + i) for p in range(len(captions)) for i in range(args.num_images)]
 
     def begin(batch):
         """-> (noise, u, c, c_null) of a batch of jobs, on the device."""
@@ -311,7 +311,7 @@ def main():
     if ranks.rank:
         return
     frames = {job: max(range(team.K), key=share.__getitem__) for job, share in shares.items()}
-    columns = args.n if conditions is not None else 8
+    columns = args.num_images if conditions is not None else 8
     cut = [range(i, min(i + columns, len(pictures))) for i in range(0, len(pictures), columns)]
     with atomic(grid) as temporary:
         picture_grid([[pictures[j] for j in row] for row in cut], captions[:len(cut)] if conditions is not None else None,

@@ -1,11 +1,11 @@
 """Stage 2: trains the expert of one cluster, on that cluster's shards alone; no node needs to know of another.
 
-    torchrun --nproc_per_node=8 -- train_expert.py --run runs/laion --shard 3     # one node, eight GPUs
-    python train_expert.py --run runs/demo --shard 3                           # one GPU, or a CPU
-    python train_expert.py --run runs/demo --shard all                         # the monolith, to compare with
-    python train_expert.py --run runs/demo --shard 3 --plan                    # trains nothing: what will it need?
+    torchrun --nproc_per_node=8 train_expert.py --run-dir runs/laion --shard 3     # one node, eight GPUs
+    python train_expert.py --run-dir runs/demo --shard 3                           # one GPU, or a CPU
+    python train_expert.py --run-dir runs/demo --shard all                         # the monolith, to compare with
+    python train_expert.py --run-dir runs/demo --shard 3 --plan                    # trains nothing: what will it need?
 
-reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar, or RUN/latents/K/*.tar if pretrained.py made them (for all:
+reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar, or RUN/latents/K/*.tar if cache_latents.py made them (for all:
         every cluster's); the pretrained networks that the config names: the autoencoder, if only to draw RUN/samples, and the text encoder
         unless its work is cached
 writes  RUN/experts/K.safetensors (averaged weights), RUN/checkpoints/expert-K/, RUN/logs/expert-K.csv,
@@ -16,17 +16,21 @@ import os
 
 import engine
 import flow
-import plan
 import training
-from common import UserError, load_run, on_rank_0, parse, read_clusters, script, start
+from ddm import plan
+from ddm.config import load_run, parse
+from ddm.errors import UserError, script
+from ddm.process import on_rank_0, start
+from ddm.run import read_clusters
 from model import drop_condition
+
 
 
 def main():
     parser = training.stage_parser(__doc__, ["train", "data", "model", "flow", "autoencoder", "text"])
     parser.add_argument("--shard", required=True, metavar="K", help="the cluster to train on: 0, 1, ..., or all for the monolith")
     args, given = parse(parser)
-    config = load_run(args.run, given, path=args.plan)
+    config = load_run(args.run_dir, given, path=args.plan)
     train = training.stage_config(config)
     K = config.cluster.experts
     if train.batch % K:
@@ -36,27 +40,27 @@ def main():
     if args.plan is not None:
         return plan.report(name, training.model_config(config, "model", training.plan_space(args, config)), train, batch, config)
 
-    clusters = read_clusters(args.run)
-    there = training.find_shards(args.run)
+    clusters = read_clusters(args.run_dir)
+    there = training.find_shards(args.run_dir)
     if args.shard != "all" and args.shard not in there:
-        raise UserError(f"no shard {args.shard!r} in {args.run}/shards: there are {', '.join(there) or 'none'}, and all for the monolith")
+        raise UserError(f"no shard {args.shard!r} in {args.run_dir}/shards: there are {', '.join(there) or 'none'}, and all for the monolith")
     if args.shard == "all" and len(there) < K:
-        raise UserError(f"the monolith needs all {K} shards, {args.run}/shards has {', '.join(there) or 'none'}")
+        raise UserError(f"the monolith needs all {K} shards, {args.run_dir}/shards has {', '.join(there) or 'none'}")
 
-    with training.owned(args.run, name):
+    with training.owned(args.run_dir, name):
         ranks = start(args.device, training.patience(train))
-        data, space = training.open_shards(args.run, there if args.shard == "all" else [args.shard], config, train, ranks, clusters, verify=args.verify)
+        data, space = training.open_shards(args.run_dir, there if args.shard == "all" else [args.shard], config, train, ranks, clusters, verify=args.verify)
         if space.config.autoencoder.name:
             on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
-        state = engine.State(args.run, name, training.model_config(config, "model", space), train, ranks, config, space, batch,
+        state = engine.State(args.run_dir, name, training.model_config(config, "model", space), train, ranks, config, space, batch,
                              beside=space.weight_bytes(), shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
         info = training.describe(config, space, clusters) | {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
 
-        path = os.path.join(args.run, "experts", f"{args.shard}.safetensors")
+        path = os.path.join(args.run_dir, "experts", f"{args.shard}.safetensors")
         for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
             for b in step.batches():
-                t = flow.sample_time(b.u, config.flow.time, config.flow.shift)
-                c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)
+                t = flow.sample_time(b.u, config.flow.t_density, config.flow.shift)
+                c = drop_condition(state.model.config, b.c, b.drop < config.data.cond_dropout)
                 loss = flow.expert_loss(step.model, b.x_0, c, t, b.eps, config.flow.objective, config.flow.path)      # [B], eq. 6
                 step.backward(loss, t)
             step.update()

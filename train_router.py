@@ -1,7 +1,7 @@
 """Stage 3: trains the router p(k | x_t, t, c) on a uniform subset of the data, each picture with its cluster's number.
 
-    torchrun --nproc_per_node=8 -- train_router.py --run runs/laion
-    python train_router.py --run runs/demo
+    torchrun --nproc_per_node=8 train_router.py --run-dir runs/laion
+    python train_router.py --run-dir runs/demo
 
 reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/router/*.tar or RUN/latents/router/*.tar; the pretrained networks whose work is not cached
 writes  RUN/router.safetensors (averaged weights), RUN/checkpoints/router/, RUN/logs/router.csv (accuracy by noise level)
@@ -13,10 +13,15 @@ import sys
 
 import engine
 import flow
-import plan
 import training
-from common import load_run, parse, read_clusters, script, start
-from model import drop_condition, flops
+from ddm import plan
+from ddm.config import load_run, parse
+from ddm.errors import script
+from ddm.plan import flops
+from ddm.process import start
+from ddm.run import read_clusters
+from model import drop_condition
+
 
 
 def set_steps(train, config, space):
@@ -34,24 +39,24 @@ def set_steps(train, config, space):
 def main():
     parser = training.stage_parser(__doc__, ["train", "train.router", "data", "router", "autoencoder", "text"])
     args, given = parse(parser)
-    config = load_run(args.run, given, "router", args.plan)
+    config = load_run(args.run_dir, given, "router", args.plan)
     train = training.stage_config(config, "router")
     if args.plan is not None:
         return plan.report("router", set_steps(train, config, training.plan_space(args, config)), train, train.batch, config)
-    clusters = read_clusters(args.run)
+    clusters = read_clusters(args.run_dir)
 
-    with training.owned(args.run, "router"):
+    with training.owned(args.run_dir, "router"):
         ranks = start(args.device, training.patience(train))
-        data, space = training.open_shards(args.run, ["router"], config, train, ranks, clusters, labelled=True, verify=args.verify)
-        state = engine.State(args.run, "router", set_steps(train, config, space), train, ranks, config, space, train.batch,
+        data, space = training.open_shards(args.run_dir, ["router"], config, train, ranks, clusters, labelled=True, verify=args.verify)
+        state = engine.State(args.run_dir, "router", set_steps(train, config, space), train, ranks, config, space, train.batch,
                              beside=space.weight_bytes(), clustering=clusters["fingerprint"], images=len(data))
         info = training.describe(config, space, clusters)
 
-        path = os.path.join(args.run, "router.safetensors")
+        path = os.path.join(args.run_dir, "router.safetensors")
         for step in training.steps(state, data, space, config, shown="acc", profile=args.profile):
             for b in step.batches():
                 # uniform on [0,1], whatever the experts' density: the answer at t = 1 matters most
-                c = drop_condition(state.model.config, b.c, b.drop < config.data.drop)
+                c = drop_condition(state.model.config, b.c, b.drop < config.data.cond_dropout)
                 loss, right = flow.router_loss(step.model, b.x_0, b.k, c, b.u, b.eps)        # [B], algorithm 1
                 step.backward(loss, b.u, right)
             step.update()

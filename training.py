@@ -20,7 +20,6 @@ import functools
 import glob
 import hashlib
 import math
-import multiprocessing
 import multiprocessing.queues
 import os
 import re
@@ -35,15 +34,18 @@ from types import SimpleNamespace
 
 import torch
 
-import common
-import ensemble
 import flow
 import model as models
-import networks
-import plan
-import pretrained
-from common import UserError, atomic, barrier, cores, differences, gather, local_world, progress, sum_over_ranks
-from data import TarDataset, collate, index_tar, mix, picture_grid, to_tensor
+from data import TarDataset, collate, index_tar, mix, to_tensor
+from ddm import artifacts, encoders, ensemble, plan
+from ddm.codec import Space, read_cache
+from ddm.config import differences, make_parser
+from ddm.errors import UserError, end, kill_children
+from ddm.files import atomic, try_folder
+from ddm.pictures import picture_grid
+from ddm.process import barrier, cores, gather, local_world, progress, sum_over_ranks
+from ddm.run import alone, read_clusters, read_manifest
+from ddm.text import hash_words
 from engine import BINS, FAILED, FINISHED, SHOWN, UNFINISHED, dispensable, mark
 
 
@@ -51,11 +53,9 @@ TIMING = ("images_per_s", "mfu", "wait", "memory_gb")       # columns of the log
 PARENT = os.getppid()       # torchrun, or whoever started this
 
 
-# ---- from the run -------------------------------------------------------------------------------------------------
-
 def stage_parser(doc, tables):
     """common.make_parser for a training stage, with --plan and --profile."""
-    parser = common.make_parser(doc, [*tables, "plan"])
+    parser = make_parser(doc)
     parser.add_argument("--plan", nargs="?", const="", metavar="CONFIG", help="train nothing: say what this training needs of time and memory; "
                         "with a config file, before there is a run")
     parser.add_argument("--verify", action="store_true", help="before the first step, compare the shards' SHA-256 with their manifest's (their names, sizes and "
@@ -67,10 +67,10 @@ def stage_parser(doc, tables):
 
 def plan_space(args, config):
     """What model_config asks of a Space, for --plan: without loading any network, and without the hub where plan.py knows the name."""
-    names = config.text.name.split(" + ") if config.data.condition == "text" and config.text.name != pretrained.NONE["text"] else []
+    names = config.text.name.split(" + ") if config.data.condition == "text" and config.text.name != encoders.NONE["text"] else []
     autoencoder = plan.AUTOENCODERS.get(config.autoencoder.name)
     if not args.plan or not autoencoder or not plan.TEXT_ENCODERS.keys() >= set(names):
-        return pretrained.Space(config, None, None if args.plan else common.read_clusters(args.run).get("networks"))
+        return Space(config, None, None if args.plan else read_clusters(args.run_dir).get("networks"))
     factor, channels = autoencoder
     return SimpleNamespace(size=config.data.size // factor, channels=channels, text_dim=sum(plan.TEXT_ENCODERS[name] for name in names))
 
@@ -132,7 +132,7 @@ def find_shards(run):
 
 def check_shard(folder, fingerprint, ranks, verify=False):
     """UserError unless the tars of RUN/shards/K are those of its manifest, and of this clustering. verify: look at their contents, too; the ranks share the work."""
-    manifest = common.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest["fingerprint"] != fingerprint:
         raise UserError(f"{folder} is of clustering {manifest['fingerprint']}, clusters.safetensors of {fingerprint}: take both from the same run")
     there = {os.path.basename(path): os.path.getsize(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.tar"))}
@@ -155,8 +155,8 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
     UserError if a shard is missing.
     """
     d = config.data
-    space = pretrained.Space(config, ranks.device, clusters.get("networks"), os.path.join(run, "clusters.safetensors"))
-    about = pretrained.read_cache(run, shards, config, clusters) if d.cached and config.autoencoder.name else None
+    space = Space(config, ranks.device, clusters.get("networks"), os.path.join(run, "clusters.safetensors"))
+    about = read_cache(run, shards, config, clusters) if d.use_latents and config.autoencoder.name else None
     for role in ("autoencoder", "text") if about else ():       # what is cached was made in the cache's precision
         if about[role]["name"]:
             space.info[role] = space.info[role] | {"precision": about[role].get("precision", space.info[role].get("precision"))}
@@ -164,7 +164,7 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
     found = [glob.glob(os.path.join(glob.escape(folder), "*.tar")) for folder in folders]
     if missing := [folder for folder, tars in zip(folders, found) if not tars]:
         raise UserError(f"no tars in {', '.join(missing)}: copy them there, or make them with cluster.py"
-                        + ("" if about or not config.autoencoder.name or not d.cached else "; latents are used where all shards have them"))
+                        + ("" if about or not config.autoencoder.name or not d.use_latents else "; latents are used where all shards have them"))
     for k in shards:
         folder = os.path.join(run, "shards", k)
         if verify and not os.path.isdir(folder):
@@ -172,21 +172,21 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
         if not about or verify:
             check_shard(folder, clusters["fingerprint"], ranks, verify)
     if ranks.rank == 0 and config.autoencoder.name:
-        print(f"latents cached in {', '.join(folders)}" if about else "latents not cached: pictures are encoded at each step (pretrained.py caches them)")
+        print(f"latents cached in {', '.join(folders)}" if about else "latents not cached: pictures are encoded at each step (cache_latents.py caches them)")
     if ranks.rank == 0 and space.text_dim and not (about and about["text"]["name"]):
-        print("token features not cached: captions are encoded at each step (pretrained.py --captions caches them)")
+        print("token features not cached: captions are encoded at each step (cache_latents.py --captions caches them)")
     parts = [sorted(paths) for paths in found] if apart else [sorted(path for paths in found for path in paths)]
     for path in sum(parts, [])[ranks.rank::ranks.world]:      # the ranks share the work of the first time
         index_tar(path)
     barrier()
     encode = to_tensor
     if d.condition == "text":       # a pretrained encoder reads a batch of captions at once, in the training process
-        encode = None if space.text_dim else functools.partial(models.hash_words, length=config.text.length, vocab=config.text.vocab)
+        encode = None if space.text_dim else functools.partial(hash_words, length=config.text.length, vocab=config.text.vocab)
     tokens = (config.text.length, space.text_dim) if about and about["text"]["name"] else None
-    data = [TarDataset(tars, d.size, d.condition, encode, d.classes, mix(train.seed, i) if apart else train.seed, d.crop, d.flip, d.run,
+    data = [TarDataset(tars, d.size, d.condition, encode, d.classes, mix(train.seed, i) if apart else train.seed, d.crop, d.flip, d.shuffle_block,
                        (space.channels, space.size, space.size), labelled, space.posterior, about and about["shapes"][0], tokens)
             for i, tars in enumerate(parts)]
-    manifests = {} if about else {folder: common.read_manifest(folder)["tars"] for folder in folders}
+    manifests = {} if about else {folder: read_manifest(folder)["tars"] for folder in folders}
     for part in data if not about else []:
         for tar, rows in zip(part.tars, part.index):
             meant = manifests[os.path.dirname(tar)][os.path.basename(tar)]["samples"]
@@ -200,8 +200,6 @@ def open_shards(run, shards, config, train, ranks, clusters, labelled=False, apa
         space.network("text")
     return data if apart else data[0], space
 
-
-# ---- the log ------------------------------------------------------------------------------------------------------
 
 class Table:
     """A CSV file that grows while training does, on rank 0. A resume drops the rows after step `last`."""
@@ -262,8 +260,6 @@ class Log:
         if self.bar is not None:
             self.bar.close()
 
-
-# ---- the loop -----------------------------------------------------------------------------------------------------
 
 class _Stopping:
     """SIGTERM and Ctrl-C, which end a training after its step. A wait for data that lasts is not waited for: `wait` raises Interrupted."""
@@ -439,7 +435,7 @@ def check_shared_memory(data, position, micro, workers):
     tensors = [value for value in collate([data[position]]).values() if isinstance(value, torch.Tensor)]
     page = 4096
     batch = sum(-(-tensor.nbytes * micro // page) * page for tensor in tensors)
-    need = batch * (AHEAD * workers + 1) * common.local_world()
+    need = batch * (AHEAD * workers + 1) * local_world()
     free = shutil.disk_usage("/dev/shm").free
     if free < need:
         raise UserError(f"the shared memory /dev/shm has {free / 1e6:.3g} MB free, and {workers} decoding processes a rank put up to {need / 1e6:.3g} MB there: make it "
@@ -503,7 +499,7 @@ def steps(state, data, space, config, shown, profile=False):
     workers = config.data.workers if config.data.workers >= 0 else max(1, min(8, cores() // local_world() - 1))
     # a fork shares the index; and when this process fails, nobody else stops decoding processes that ignore signals
     fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
-    atexit.register(common.kill_children)
+    atexit.register(kill_children)
     cuda = ranks.device.type == "cuda"
     check_shared_memory(data, state.step * batch, micro, workers)
     stopping = _Stopping()
@@ -578,7 +574,7 @@ def steps(state, data, space, config, shown, profile=False):
             if last and step.save:
                 break
         if step.abandoned and ranks.world > 1:
-            common.end(1, f"{state.name}: stopped by a signal while waiting for data, NOT saved at step {state.step}; run the same command to resume")
+            end(1, f"{state.name}: stopped by a signal while waiting for data, NOT saved at step {state.step}; run the same command to resume")
         if step.abandoned and state.step > state.kept:      # the state is that of the step before
             state.save(UNFINISHED)
         saved = state.finish_saving(last=state.step == train.steps)
@@ -606,12 +602,12 @@ def owned(run, name):
     Its places of output are tried first, on rank 0, which has the lock. UserError, OSError.
     """
     if not os.path.isdir(run):
-        raise UserError(f"there is no run at {run}: make it with cluster.py --run {run} --data ...")
+        raise UserError(f"there is no run at {run}: make it with cluster.py --run-dir {run} --data ...")
     folder = os.path.join(run, "checkpoints", name)
     if os.environ.get("RANK", "0") == "0":
         for place in (folder, *(os.path.join(run, part) for part in ("logs", "samples", "experts"))):
-            common.try_folder(place)
-    with common.alone(os.path.join(folder, "lock"), f"{name} of {run}"):
+            try_folder(place)
+    with alone(os.path.join(folder, "lock"), f"{name} of {run}"):
         try:
             yield
         except UserError:
@@ -625,7 +621,7 @@ def stale(path, state):
     if state.step < state.train.steps:
         return False
     try:
-        return models.read_info(path)["step"] != state.step
+        return artifacts.read_info(path)["step"] != state.step
     except (ValueError, KeyError):
         return True
 
@@ -684,8 +680,6 @@ def check_finite(state, log, step, positions):
                     + ("" if too_many else f", or end at --train.steps {state.step - row}"))
 
 
-# ---- pictures while training --------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def save_samples(state, config, data, space, side=4, solver_steps=25):
     """RUN/samples/NAME-STEP.png: a grid drawn by the averaged weights of an expert or a student, for the first conditions of its data.
@@ -721,7 +715,7 @@ def save_samples(state, config, data, space, side=4, solver_steps=25):
 def draw_samples(state, config, space, x, c, solver_steps):
     """Noise x [B,C,S,S] and conditions c [B,...] or None -> what the averaged weights make of them [B,C,S,S]. The weights are as before, whatever happens."""
     device, w = state.ranks.device, config.sample.cfg
-    null, bound = models.null_condition(state.model.config, c), networks.bound(space.info["autoencoder"])
+    null, bound = models.null_condition(state.model.config, c), encoders.bound(space.info["autoencoder"])
     # no more at once than a micro-batch, for which there was memory with all that its backward pass needs
     at_once = state.train.micro_batch or state.batch // state.ranks.world
 

@@ -18,10 +18,11 @@ from safetensors.numpy import load_file
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import flow
-from common import make_config
-from data import TarWriter, draw_shape, to_uint8
-from ensemble import Ensemble, beginnings
-import features
+from ddm.config import make_config
+from ddm.tars import TarWriter
+from data import draw_shape, to_uint8
+from ddm.ensemble import Ensemble, beginnings
+from ddm import features
 
 SHARES = {"red": 0.60, "green": 0.25, "blue": 0.11, "white": 0.04}
 ROWS = [{"strategy": "full"}, {"strategy": "once"}, {"strategy": "sample-1"}, {"strategy": "sample-2"}, {"strategy": "top-1"}, {"strategy": "top-2"},
@@ -46,7 +47,7 @@ def draw(folder, images):
 
 def train(run):
     python = lambda *args: subprocess.Popen([sys.executable, *args], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    jobs = [["train_expert.py", "--run", run, "--shard", str(k)] for k in range(4)] + [["train_router.py", "--run", run]]
+    jobs = [["train_expert.py", "--run-dir", run, "--shard", str(k)] for k in range(4)] + [["train_router.py", "--run-dir", run]]
     while jobs:     # two at a time, a core each
         with contextlib.ExitStack() as stack:
             for process in [stack.enter_context(python(*job)) for job in jobs[:2]]:
@@ -75,10 +76,10 @@ def main():
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--solver-steps", type=int, default=25)
     args = parser.parse_args()
-    run, data = os.path.abspath(args.run), os.path.abspath(args.run) + "-data"
+    run, data = os.path.abspath(args.run_dir), os.path.abspath(args.run_dir) + "-data"
     if not os.path.exists(data):
         draw(data, args.images)
-    subprocess.run([sys.executable, "cluster.py", "--data", f"{data}/*.tar", "--run", run, "--config", "configs/demo.toml", "--data.condition", "none",
+    subprocess.run([sys.executable, "cluster.py", "--data", f"{data}/*.tar", "--run-dir", run, "--config", "configs/demo.toml", "--data.condition", "none",
                     "--train.steps", str(args.steps), "--train.decay", str(args.steps // 2), "--train.router.steps", str(args.steps // 2),
                     "--train.router.decay", str(args.steps // 4)], cwd=ROOT, check=True)
     train(run)

@@ -1,7 +1,7 @@
 """Does a training that is killed again and again end in the bits of one that never was?
 
     python bench/chaos.py                                   # 20 kills; some five minutes on two cores
-    python bench/chaos.py --kills 100 --seed 1 --run runs/chaos     # longer, and its folder is kept
+    python bench/chaos.py --kills 100 --seed 1 --run-dir runs/chaos     # longer, and its folder is kept
 
 Expert 0 of a drawn set trains under torchrun on two ranks (gloo, CPU). At random instants SIGKILL meets one rank, the agent (torchrun itself) or all
 processes of the run at one blow: while they start, in a step and, --saves and --exports of them aimed at it, while a checkpoint or the weights are written. What is
@@ -148,7 +148,7 @@ def log(run):
 def begin(script, run, out, args):
     """Starts it; its output goes to a file. Popen."""
     with open(out, "w") as f:
-        return subprocess.Popen([*TORCHRUN, *script, "--run", run, *args], cwd=ROOT, env=ENVIRONMENT, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen([*TORCHRUN, *script, "--run-dir", run, *args], cwd=ROOT, env=ENVIRONMENT, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def last_step(attempt):
@@ -223,7 +223,7 @@ def prepare(folder):
     with open(os.path.join(folder, "config.toml"), "w") as f:
         f.write(CONFIG)
     for args in (["data.py", "--out", os.path.join(folder, "tars"), "--images", "240", "--size", "8"],
-                 ["cluster.py", "--data", os.path.join(folder, "tars", "*.tar"), "--run", run, "--config", os.path.join(folder, "config.toml")]):
+                 ["cluster.py", "--data", os.path.join(folder, "tars", "*.tar"), "--run-dir", run, "--config", os.path.join(folder, "config.toml")]):
         subprocess.run([sys.executable, *args], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     return run
 
@@ -342,12 +342,12 @@ def main():
     parser.add_argument("--log_every", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patience", type=float, default=120, help="seconds in which ranks must have ended by themselves once another or the agent was killed")
-    parser.add_argument("--run", metavar="DIR", help="an empty folder to work in, which is kept (default: a temporary one)")
+    parser.add_argument("--run-dir", metavar="DIR", help="an empty folder to work in, which is kept (default: a temporary one)")
     args = parser.parse_args()
     saves = -(-args.kills // 3) if args.saves is None else args.saves
     exports = -(-args.kills // 10) if args.exports is None else args.exports
     with tempfile.TemporaryDirectory() as scratch:
-        folder = os.path.abspath(args.run or scratch)
+        folder = os.path.abspath(args.run_dir or scratch)
         os.makedirs(folder, exist_ok=True)
         if os.listdir(folder):
             parser.error(f"{folder} is not empty")

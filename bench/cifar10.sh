@@ -7,14 +7,14 @@ set -euo pipefail
 DATA=$1 RUN=${2:-runs/cifar10}
 cd "$(dirname "$0")/.."
 export CUDA_VISIBLE_DEVICES=
-python cluster.py --data "$DATA" --run "$RUN" --experts 8 --data.condition class --data.classes 10 --model.preset tiny/4 --router.preset tiny/4 \
-    --flow.objective x0 --flow.time logit-normal --train.steps 400 --train.decay 200 --train.batch 256 --train.lr 2e-3 --train.warmup 20 \
+python cluster.py --data "$DATA" --run-dir "$RUN" --experts 8 --data.condition class --data.classes 10 --model.preset tiny/4 --router.preset tiny/4 \
+    --flow.objective x0 --flow.t_density logit-normal --train.steps 400 --train.decay 200 --train.batch 256 --train.lr 2e-3 --train.warmup 20 \
     --train.router.steps 150 --train.router.decay 75
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT     # should one fail, do not leave the other behind
 export OMP_NUM_THREADS=1
-python train_expert.py --run "$RUN" --shard 0 &
-python train_expert.py --run "$RUN" --shard 1
+python train_expert.py --run-dir "$RUN" --shard 0 &
+python train_expert.py --run-dir "$RUN" --shard 1
 wait $!
 unset OMP_NUM_THREADS
-python train_router.py --run "$RUN"
-python sample.py --run "$RUN" $(for k in 0 1 2 3 4 5 6 7 8 9; do echo --class $k; done) --n 8 --cfg 2 --steps 25 --out "$RUN/samples/two-of-eight"
+python train_router.py --run-dir "$RUN"
+python sample.py --run-dir "$RUN" $(for k in 0 1 2 3 4 5 6 7 8 9; do echo --class $k; done) --num-images 8 --cfg 2 --steps 25 --out "$RUN/samples/two-of-eight"

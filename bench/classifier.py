@@ -15,8 +15,9 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import progress
-from data import TarDataset, collate, find_tars
+from ddm.process import progress
+from data import TarDataset, collate
+from ddm.tars import find_tars
 from training import positions
 
 

@@ -25,13 +25,14 @@ from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
+import ddm.tars
 
 
 def draw_pictures(folder, count, size, per_tar=250):
     """JPEGs with the detail of photographs: shapes over smooth colour and grain."""
     rng = np.random.default_rng(0)
     for first in range(0, count, per_tar):
-        with data.TarWriter(os.path.join(folder, f"{first:05d}.tar")) as tar:
+        with ddm.tars.TarWriter(os.path.join(folder, f"{first:05d}.tar")) as tar:
             for i in range(first, min(count, first + per_tar)):
                 smooth = Image.fromarray(rng.integers(0, 255, (6, 6, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
                 shape, caption = data.draw_shape(rng, size)
@@ -45,7 +46,7 @@ def draw_pictures(folder, count, size, per_tar=250):
 def draw_latents(folder, count, per_tar=2500):
     rng = np.random.default_rng(0)
     for first in range(0, count, per_tar):
-        with data.TarWriter(os.path.join(folder, f"{first:05d}.tar")) as tar:
+        with ddm.tars.TarWriter(os.path.join(folder, f"{first:05d}.tar")) as tar:
             for i in range(first, min(count, first + per_tar)):
                 tar.add(f"{i:08d}.lat", rng.standard_normal((1, 2, 4, 32, 32), np.float32).astype(np.float16).tobytes())
                 tar.add(f"{i:08d}.txt", b"a red circle")

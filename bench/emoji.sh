@@ -17,20 +17,20 @@ if [ $# -gt 2 ]; then
     SPACE=(--data.size 64 --text.length 16 --autoencoder.name "$3" --text.name "$4" --model.preset mini/2 --router.preset tiny/2
            --train.router.steps 500 --train.router.decay 250)
 fi
-python cluster.py --data "$DATA" --run "$RUN" --config configs/demo.toml --data.flip false "${SPACE[@]}" \
+python cluster.py --data "$DATA" --run-dir "$RUN" --config configs/demo.toml --data.flip false "${SPACE[@]}" \
     --train.steps 2000 --train.decay 800 --train.batch 128 --train.lr 1e-3 --train.warmup 50 --train.save_every 500
 if [ $# -gt 2 ]; then
-    for k in 0 1 2 3 router; do python pretrained.py --run "$RUN" --shard $k --captions; done
+    for k in 0 1 2 3 router; do python cache_latents.py --run-dir "$RUN" --shard $k --captions; done
 fi
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT     # should one fail, do not leave the other behind
 export OMP_NUM_THREADS=1        # two experts at a time, a core each
 for k in 0 2; do
-    python train_expert.py --run "$RUN" --shard $k > "$RUN/expert-$k.log" 2>&1 &
-    python train_expert.py --run "$RUN" --shard $((k + 1)) > "$RUN/expert-$((k + 1)).log" 2>&1
+    python train_expert.py --run-dir "$RUN" --shard $k > "$RUN/expert-$k.log" 2>&1 &
+    python train_expert.py --run-dir "$RUN" --shard $((k + 1)) > "$RUN/expert-$((k + 1)).log" 2>&1
     wait $!
 done
 unset OMP_NUM_THREADS
-python train_router.py --run "$RUN" --data.workers 1
+python train_router.py --run-dir "$RUN" --data.workers 1
 cat > "$RUN/prompts.txt" <<END
 grinning face
 pig face
@@ -44,5 +44,5 @@ clock face one oclock
 large red circle
 END
 for strategy in top-1 once; do
-    python sample.py --run "$RUN" --prompts "$RUN/prompts.txt" --n 8 --strategy $strategy --out "$RUN/samples/$strategy"
+    python sample.py --run-dir "$RUN" --prompts "$RUN/prompts.txt" --num-images 8 --strategy $strategy --out "$RUN/samples/$strategy"
 done

@@ -1,6 +1,6 @@
 """Do two models make the same picture of the same noise? (Figure 5 of the paper: a DDM and its monolith learn the same flow.)
 
-    python evaluate.py --run RUN --data ... --npz
+    python evaluate.py --run-dir RUN --data ... --npz
     python bench/equal_noise.py RUN/evaluation/monolith.npz RUN/evaluation/ensemble-top-1.npz equal_noise.png
 
 Correlation over the pixels of pairs of pictures, from equal noise and from different noise (of the same class, where there are classes), also with the
@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import picture_grid
+from ddm.pictures import picture_grid
 
 SHOWN = 10
 

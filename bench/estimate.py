@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import model as models
 import training
-from common import make_config, read_toml
+from ddm.config import make_config, read_toml
+from ddm import artifacts
 
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 CLIP_BIGG = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu", projection_dim=1280)
@@ -79,8 +79,8 @@ def main():
     names = config.text.name.split(" + ") if text and config.text.name != "words" else []
     space = Shape(config, sum(published(name)[0].config.hidden_size for name in names))
     with torch.device("meta"):
-        expert = models.build(training.model_config(config, "model", space))
-        router = models.build(training.model_config(config, "router", space, K))
+        expert = artifacts.build(training.model_config(config, "model", space))
+        router = artifacts.build(training.model_config(config, "router", space, K))
     in_tar = lambda size: 512 + -(-size // 512) * 512
     flips = 1 + config.data.flip
     latents = in_tar(flips * 2 * space.channels * space.size ** 2 * 2) + args.other_bytes if config.autoencoder.name else 0

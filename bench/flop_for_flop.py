@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from report import markdown, spaces_of
+from ddm.report import markdown, spaces_of
 
 
 def spread(values, digits):

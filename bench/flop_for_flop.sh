@@ -21,25 +21,25 @@ mkdir -p "$RUNS"
 
 for seed in $SEEDS random; do
     case $seed in random) assign=random s=$FIRST;; *) assign=coarse s=$seed;; esac
-    [ -e "$RUNS/$seed/clusters.png" ] || python cluster.py --data "$TRAIN" --run "$RUNS/$seed" --config bench/flop_for_flop.toml \
+    [ -e "$RUNS/$seed/clusters.png" ] || python cluster.py --data "$TRAIN" --run-dir "$RUNS/$seed" --config bench/flop_for_flop.toml \
         --cluster.assign $assign --cluster.seed "$s" --train.seed "$s" "$@"
 done
 
 # A training that is finished says so and ends; the longest come first.
 for seed in $SEEDS random; do
     K=$(sed -n 's/^experts = //p' "$RUNS/$seed/config.toml")
-    if [ "$seed" != random ]; then echo "train_expert.py --run $RUNS/$seed --shard all"; fi
-    for k in $(seq 0 $((K - 1))); do echo "train_expert.py --run $RUNS/$seed --shard $k"; done
-    echo "train_router.py --run $RUNS/$seed"
+    if [ "$seed" != random ]; then echo "train_expert.py --run-dir $RUNS/$seed --shard all"; fi
+    for k in $(seq 0 $((K - 1))); do echo "train_expert.py --run-dir $RUNS/$seed --shard $k"; done
+    echo "train_router.py --run-dir $RUNS/$seed"
 done | xargs -P "$JOBS" -L 1 python
 CLASSIFIER=$RUNS/classifier
 {
     [ -e "$CLASSIFIER" ] || echo "bench/classifier.py $TRAIN $VALIDATION $CLASSIFIER"
-    echo "distill.py --run $RUNS/$FIRST"
+    echo "distill.py --run-dir $RUNS/$FIRST"
 } | xargs -P "$JOBS" -L 1 python
 
 for seed in $SEEDS random; do
-    echo "evaluate.py --run $RUNS/$seed --data $VALIDATION --features $CLASSIFIER --samples $SAMPLES --loss-images 1000" \
+    echo "evaluate.py --run-dir $RUNS/$seed --data $VALIDATION --features $CLASSIFIER --samples $SAMPLES --loss-images 1000" \
         "--solver ab2 --steps 20 --cfg 1 --strategy top-1 --batch 100 --npz"
 done | xargs -P "$JOBS" -L 1 python
 

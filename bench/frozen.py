@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import networks
-from common import make_config
+from ddm.config import make_config
 from data import draw_shape, square, to_float
 from estimate import published
+from ddm import encoders
 
 
 def main():
@@ -52,9 +52,9 @@ def main():
         for precision in ("bf16", "fp32"):
             config = make_config({"features.name": os.path.join(folder, "facebook/dinov2-large"), "features.batch": args.batch,
                                   "features.precision": precision})
-            prepare, features, _ = networks.image_features(config.features, device)
+            prepare, features, _ = encoders.image_features(config.features, device)
             measure(f"DINOv2-large features, {precision}", lambda images: features([prepare(image) for image in images]))
-            latent = networks.autoencoder(os.path.join(folder, "stabilityai/sd-vae-ft-mse"), device, precision)
+            latent = encoders.autoencoder(os.path.join(folder, "stabilityai/sd-vae-ft-mse"), device, precision)
 
             def encode(images):
                 x = torch.from_numpy(np.stack([square(image, 256) for image in images]))

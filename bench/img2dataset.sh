@@ -29,8 +29,8 @@ trap "kill $!" EXIT
 sleep 2
 img2dataset --url_list "$OUT/urls.tsv" --input_format tsv --url_col url --caption_col caption --output_format webdataset \
     --output_folder "$OUT/tars" --processes_count 1 --thread_count 8 --image_size 32 --resize_mode center_crop --number_sample_per_shard 100
-python cluster.py --data "$OUT/tars/*.tar" --run "$OUT/run" --experts 4 --data.size 32 --model.preset tiny/4 --router.preset tiny/4 \
+python cluster.py --data "$OUT/tars/*.tar" --run-dir "$OUT/run" --experts 4 --data.size 32 --model.preset tiny/4 --router.preset tiny/4 \
     --train.batch 64 --train.steps 40 --train.log_every 10 --train.lr 1e-3 --train.router.steps 20
-python train_expert.py --run "$OUT/run" --shard 0
-python train_router.py --run "$OUT/run"
-python sample.py --run "$OUT/run" --prompt "red heart" --n 4 --out "$OUT/grid.png"
+python train_expert.py --run-dir "$OUT/run" --shard 0
+python train_router.py --run-dir "$OUT/run"
+python sample.py --run-dir "$OUT/run" --prompt "red heart" --num-images 4 --out "$OUT/grid.png"

@@ -22,7 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def train(run, *script, launcher=(sys.executable,)):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    flags = ["--run", run, "--train.steps", "60", "--train.log_every", "5", "--train.warmup", "0", "--train.decay", "0"]
+    flags = ["--run-dir", run, "--train.steps", "60", "--train.log_every", "5", "--train.warmup", "0", "--train.decay", "0"]
     subprocess.run([*launcher, *script, *flags], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

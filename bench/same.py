@@ -1,7 +1,7 @@
 """Are the pictures the same however they are made? All experts resident against --resident 1, 2 ranks and small batches; peak memory of each.
 
     python bench/same.py runs/demo --prompts runs/demo/prompts.txt
-    python bench/same.py runs/demo --prompts runs/demo/prompts.txt --preset DiT-B/2 --n 1 --steps 4        # memory worth looking at
+    python bench/same.py runs/demo --prompts runs/demo/prompts.txt --preset DiT-B/2 --num-images 1 --steps 4        # memory worth looking at
 
 --preset: on a copy of the run whose experts are of that size, with random weights.
 """
@@ -20,6 +20,7 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import model as models
+from ddm import artifacts
 
 
 def enlarge(run, preset, copy):
@@ -29,10 +30,10 @@ def enlarge(run, preset, copy):
         shutil.copy(os.path.join(run, name), copy)
     torch.manual_seed(0)
     for path in glob.glob(os.path.join(run, "experts", "[0-9]*.safetensors")):
-        info = models.read_info(path)
-        network = models.build(models.ModelConfig(**info.pop("model") | models.PRESETS[preset]))
+        info = artifacts.read_info(path)
+        network = artifacts.build(models.ModelConfig(**info.pop("model") | models.PRESETS[preset]))
         torch.nn.init.normal_(network.head.weight, std=0.02)        # zero at first: no picture
-        models.save(os.path.join(copy, "experts", os.path.basename(path)), network.config, network.state_dict(), **info)
+        artifacts.save(os.path.join(copy, "experts", os.path.basename(path)), network.config, network.state_dict(), **info)
     return copy
 
 
@@ -40,7 +41,7 @@ def sample(run, out, flags, ranks=1):
     """-> (pictures [N,H,W,3] int, what sample.py said at the end, peak memory of its process in MiB: all of it, then without the mapped files)."""
     launcher = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"] if ranks > 1 else [])
     # a watcher of its own, since the kernel keeps no peak of the memory that is not mapped from files
-    process = subprocess.Popen([*launcher, "sample.py", "--run", os.path.abspath(run), "--out", out, *flags], cwd=ROOT, text=True,
+    process = subprocess.Popen([*launcher, "sample.py", "--run-dir", os.path.abspath(run), "--out", out, *flags], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     peak = anonymous = 0
     while True:
@@ -62,7 +63,7 @@ def sample(run, out, flags, ranks=1):
 
 def compare(run, args):
     for strategy in args.strategies:
-        common = ["--prompts", os.path.abspath(args.prompts), "--n", args.n, "--steps", args.steps, "--strategy", strategy]
+        common = ["--prompts", os.path.abspath(args.prompts), "--num-images", args.n, "--steps", args.steps, "--strategy", strategy]
         with tempfile.TemporaryDirectory() as folder:
             first = None
             for name, flags, ranks in (("all resident", [], 1), ("--resident 1", ["--resident", "1"], 1), ("2 ranks", [], 2), ("--batch 7", ["--batch", "7"], 1),
@@ -80,12 +81,12 @@ def main():
     parser.add_argument("run")
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--preset", default="")
-    parser.add_argument("--n", default="4")
+    parser.add_argument("--num-images", default="4")
     parser.add_argument("--steps", default="50")
     parser.add_argument("--strategies", nargs="+", default=["top-1", "once", "sample-1"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = enlarge(args.run, args.preset, os.path.join(folder, "run")) if args.preset else args.run
+        run = enlarge(args.run_dir, args.preset, os.path.join(folder, "run")) if args.preset else args.run_dir
         compare(run, args)
 
 

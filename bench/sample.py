@@ -19,8 +19,10 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import flow
 import model as models
-from common import make_config, start
-from ensemble import Ensemble
+from ddm.config import make_config
+from ddm.process import start
+from ddm.ensemble import Ensemble
+from ddm import artifacts
 
 STRATEGIES = {"top-1": {"strategy": "top-1"}, "top-1, route-every 4": {"strategy": "top-1", "route_every": 4, "route_epsilon": 0.0},
               "once": {"strategy": "once"}, "full": {"strategy": "full"},
@@ -35,7 +37,7 @@ def shape(preset, size, clusters=0):
 
 def flops(preset, router, size, K, steps):
     with torch.device("meta"):
-        E, R = 2 * models.build(shape(preset, size)).flops(), models.build(shape(router, size, K)).flops()
+        E, R = 2 * artifacts.build(shape(preset, size)).flops(), artifacts.build(shape(router, size, K)).flops()
     print(f"{preset}, router {router}, {size}x{size}x4, {K} experts, guidance, {steps} Euler steps, one routing decision for both branches:")
     print(f"  expert and step {E / 1e9:.4g} GFLOPs ({E / 2e9:.4g} billion multiply-adds, as the paper counts), router {R / 1e9:.3g}")
     for name, experts, asked in (("monolith", 1, 0), ("top-1", 1, steps), ("top-1, route-every 4", 1, -(-steps // 4)), ("once", 1, 1),
@@ -48,12 +50,12 @@ def random_run(folder, preset, router, size, K):
     os.makedirs(os.path.join(folder, "experts"))
     info = {"fingerprint": "bench", "shift": 1.0, "autoencoder": {"name": "bench"}, "text": {"name": ""}, "objective": "velocity", "path": "linear"}
     torch.manual_seed(0)
-    network = models.build(shape(preset, size))
+    network = artifacts.build(shape(preset, size))
     print(f"{preset}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters", flush=True)
     for k in ("all", *range(K)):
-        models.save(os.path.join(folder, "experts", f"{k}.safetensors"), network.config, network.state_dict(), shard=str(k), **info)
-    network = models.build(shape(router, size, K))
-    models.save(os.path.join(folder, "router.safetensors"), network.config, network.state_dict(), **info)
+        artifacts.save(os.path.join(folder, "experts", f"{k}.safetensors"), network.config, network.state_dict(), shard=str(k), **info)
+    network = artifacts.build(shape(router, size, K))
+    artifacts.save(os.path.join(folder, "router.safetensors"), network.config, network.state_dict(), **info)
 
 
 class Overruled(Ensemble):

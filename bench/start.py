@@ -22,9 +22,9 @@ import torch
 sys.path.insert(
     0, os.environ.get("PRODUCT") or os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 )
-import common
-import data
 import training
+import ddm.config
+import ddm.tars
 
 
 def make_shard(folder, tars, samples):
@@ -32,7 +32,7 @@ def make_shard(folder, tars, samples):
     entries = {}
     for t in range(tars):
         path = os.path.join(folder, f"{t:05d}.tar")
-        with data.TarWriter(path) as tar:
+        with ddm.tars.TarWriter(path) as tar:
             for i in range(samples):
                 tar.add(f"{t:05d}{i:04d}.png", b"not looked at")
                 tar.add(f"{t:05d}{i:04d}.txt", b"a red circle")
@@ -47,7 +47,7 @@ def make_shard(folder, tars, samples):
 
 
 def start(run):
-    config = common.make_config({})
+    config = ddm.config.make_config({})
     clusters = {
         "fingerprint": "bench",
         "networks": {"autoencoder": {"name": ""}, "text": {"name": "words"}},

@@ -24,9 +24,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import engine
 import flow
 import model
-import plan
 import training
-from common import make_config, start
+from ddm.config import make_config
+from ddm.process import start
+from ddm import plan
 
 
 def ours(preset, batch, device, precision, compile, checkpointing):

@@ -31,7 +31,7 @@ condition = "text"
 workers = 1
 [cluster]
 experts = 3
-fine = 6
+fine_clusters = 6
 [text]
 length = 4
 vocab = 64
@@ -66,7 +66,7 @@ ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 def command_line(*args, ranks=0):
     launcher = [sys.executable]
     if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]     # without the dashes torchrun takes our --run for its --run-path
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]     # without the dashes torchrun takes our --run-dir for its --run-path
     return [*launcher, *map(str, args)]
 
 
@@ -85,12 +85,12 @@ def command(*args, ranks=0, check=True, real=False):
 
 def inside(script, *args):
     """Runs a script's main() in this process, to spare the seconds that a start of torch takes; -> CompletedProcess."""
-    import common
+    from ddm import errors
     main, code = importlib.import_module(script.removesuffix(".py")).main, 0
     with mock.patch.object(sys, "argv", [script, *map(str, args)]), contextlib.redirect_stderr(io.StringIO()) as stderr, \
             contextlib.redirect_stdout(io.StringIO()) as stdout:
         try:
-            common.script(main)
+            errors.script(main)
         except SystemExit as end:
             code = end.code
     return subprocess.CompletedProcess([script, *args], code, stdout.getvalue(), stderr.getvalue())
@@ -115,7 +115,7 @@ def copy(run, tmp_path):
 
 def sample(run, out, *flags, ranks=None):
     """Six pictures of two prompts; in this process unless ranks are given."""
-    args = ["sample.py", "--run", run, "--device", "cpu", "--prompt", "a red circle", "--prompt", "a blue cross", "--n", 3, "--out", out, *flags]
+    args = ["sample.py", "--run-dir", run, "--device", "cpu", "--prompt", "a red circle", "--prompt", "a blue cross", "--num-images", 3, "--out", out, *flags]
     done = inside(*args) if ranks is None else command(*args, ranks=ranks)
     assert done.returncode == 0, done.stderr
     return done
@@ -123,10 +123,10 @@ def sample(run, out, *flags, ranks=None):
 
 def rewrite(path, to=None, /, **changes):
     """Saves a model again, its metadata changed, there or at `to`."""
-    import model as models
-    network, info = models.load(path)
+    from ddm import artifacts
+    network, info = artifacts.load(path)
     info.pop("model")
-    models.save(to or path, network.config, network.state_dict(), **info | changes)
+    artifacts.save(to or path, network.config, network.state_dict(), **info | changes)
 
 
 def give(run, k, other):
@@ -142,7 +142,7 @@ def pictures(folder):
 @pytest.fixture(scope="session")
 def tars(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tars")
-    command("data.py", "--out", folder, "--images", 240, "--size", 8, "--per-tar", 100)
+    command("tools/shapes.py", "--out", folder, "--images", 240, "--size", 8, "--per-tar", 100)
     return folder
 
 
@@ -157,7 +157,7 @@ def config(tmp_path_factory):
 def clustered(tars, config, tmp_path_factory):
     """A run after stage 1: do not change it, copy it."""
     run = tmp_path_factory.mktemp("clustered") / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config)
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config)
     return run
 
 
@@ -167,8 +167,8 @@ def trained(clustered, tmp_path_factory):
     run = tmp_path_factory.mktemp("trained") / "run"
     shutil.copytree(clustered, run)
     for shard in (0, 1, 2, "all"):
-        command("train_expert.py", "--run", run, "--shard", shard)
-    command("train_router.py", "--run", run)
+        command("train_expert.py", "--run-dir", run, "--shard", shard)
+    command("train_router.py", "--run-dir", run)
     return run
 
 
@@ -239,12 +239,12 @@ def vae(**options):
 def latent_run(tars, config, networks, tmp_path_factory):
     """A run in the real recipe's shape, trained: DINOv2 clusters, cached latents, SDXL's pair of text encoders. Do not change it, copy it."""
     run = tmp_path_factory.mktemp("latent") / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--experts", 2, "--features.name", networks / "dinov2",
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--experts", 2, "--features.name", networks / "dinov2",
             "--features.pool", "cls+mean", "--autoencoder.name", networks / "vae", "--text.name", f"{networks / 'clip'} + {networks / 'clip-2'}",
             "--text.layer", "penultimate", "--text.length", 20, "--train.batch", 12)
     for shard in (0, 1, "router"):
-        command("pretrained.py", "--run", run, "--shard", shard, "--captions")
+        command("cache_latents.py", "--run-dir", run, "--shard", shard, "--captions")
     for shard in (0, 1):
-        command("train_expert.py", "--run", run, "--shard", shard)
-    command("train_router.py", "--run", run)
+        command("train_expert.py", "--run-dir", run, "--shard", shard)
+    command("train_router.py", "--run-dir", run)
     return run

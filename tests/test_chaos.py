@@ -24,7 +24,7 @@ FLAGS = ["--shard", 0, "--train.save_every", 4, "--train.log_every", 2, "--data.
 
 
 def train(run, steps, *flags):
-    return inside("train_expert.py", "--run", run, *FLAGS, "--train.steps", steps, *flags)
+    return inside("train_expert.py", "--run-dir", run, *FLAGS, "--train.steps", steps, *flags)
 
 
 def weights(run):
@@ -56,7 +56,7 @@ def whole(clustered, tmp_path_factory):
 
 def test_a_rank_torchrun_and_all_killed_one_after_the_other_leave_no_trace_in_weights_log_and_order_of_the_data(tmp_path):
     """Also: torchrun ends when a rank has gone, and ranks end when torchrun has, before another attempt can begin."""
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "bench", "chaos.py"), "--run", tmp_path, "--kills", "3", "--saves", "3", "--exports", "0", "--steps", "150"],
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "bench", "chaos.py"), "--run-dir", tmp_path, "--kills", "3", "--saves", "3", "--exports", "0", "--steps", "150"],
                           env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 kills (1 x agent, 1 x all, 1 x rank)" in done.stdout      # when they came is another machine's affair
@@ -70,7 +70,7 @@ def lives(pid):
 
 def test_a_hung_rank_ends_the_run_which_is_to_be_continued(clustered, tmp_path):
     run = copy(clustered, tmp_path)
-    args = ["train_expert.py", "--run", run, *FLAGS, "--train.steps", 100_000, "--train.timeout", 15]
+    args = ["train_expert.py", "--run-dir", run, *FLAGS, "--train.steps", 100_000, "--train.timeout", 15]
     with subprocess.Popen(command_line(*args, ranks=2), cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         wait_until(lambda: process.poll() is not None or os.path.exists(run / "logs" / "expert-0.csv") and len(rows(run)) > 3 and checkpoints(run))
         with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
@@ -108,7 +108,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_and_the_weigh
 @pytest.mark.parametrize("keep, keep_every, left", [(2, 0, [18, 20]), (1, 6, [6, 12, 18, 20]), (3, 8, [8, 16, 18, 20])])
 def test_the_newest_checkpoints_are_kept_and_those_of_multiples(clustered, tmp_path, keep, keep_every, left):
     run = copy(clustered, tmp_path)
-    assert train(run, 20, "--train.save_every", 2, "--train.keep", keep, "--train.keep_every", keep_every).returncode == 0
+    assert train(run, 20, "--train.save_every", 2, "--train.keep_last", keep, "--train.keep_every", keep_every).returncode == 0
     assert checkpoints(run) == left
 
 
@@ -170,14 +170,15 @@ def test_a_disk_full_at_the_end_is_an_error_of_one_line_and_the_former_checkpoin
 POISON = """
 import os, sys
 sys.path.insert(0, os.getcwd())
-import common, flow, train_expert
+import flow, train_expert
+from ddm import errors
 loss, calls, first, last = flow.expert_loss, 0, int(sys.argv.pop(1)), int(sys.argv.pop(1))
 def poisoned(*args):
     global calls
     calls += 1
     return loss(*args) * (float("nan") if first <= calls <= last and os.environ["RANK"] == "1" else 1)
 flow.expert_loss = poisoned
-common.script(train_expert.main)
+errors.script(train_expert.main)
 """
 
 
@@ -190,7 +191,7 @@ def poisoned(tmp_path):
 
 def test_a_step_with_a_loss_that_is_nan_on_one_rank_is_skipped_by_both_and_counted(clustered, poisoned, tmp_path):
     one, two = copy(clustered, tmp_path / "one"), copy(clustered, tmp_path / "two")
-    done = command(poisoned, 5, 5, "--run", two, *FLAGS, "--train.steps", 12, ranks=2)
+    done = command(poisoned, 5, 5, "--run-dir", two, *FLAGS, "--train.steps", 12, ranks=2)
     assert "1 steps up to 6 had a gradient that is not finite and were skipped" in done.stderr
     loss, calls = flow.expert_loss, []
 
@@ -211,7 +212,7 @@ def test_a_step_with_a_loss_that_is_nan_on_one_rank_is_skipped_by_both_and_count
 
 def test_too_many_such_steps_in_a_row_stop_the_training_and_name_step_and_positions(clustered, poisoned, tmp_path):
     run = copy(clustered, tmp_path)
-    done = command(poisoned, 6, 1000, "--run", run, *FLAGS, "--train.steps", 40, "--train.max_nonfinite", 3, ranks=2, check=False, real=True)
+    done = command(poisoned, 6, 1000, "--run-dir", run, *FLAGS, "--train.steps", 40, "--train.max_nonfinite", 3, ranks=2, check=False, real=True)
     assert "exitcode  : 2" in done.stderr and status(run) == "failed 4\n"      # the newest checkpoint's step; the ranks'; torchrun's own is 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "the gradients of 3 steps in a row before step 9 are not finite" in errors[0]

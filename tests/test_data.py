@@ -11,10 +11,12 @@ from conftest import command
 from PIL import Image
 
 import data
-import features
-from common import UserError
-from data import BadSample, TarDataset, TarWriter, decode, permute, scan_tar, square
+from ddm.errors import UserError
+from ddm.tars import BadSample, TarWriter, scan_tar
+from data import TarDataset, decode, permute, square
 from training import positions
+from ddm import features
+import ddm.tars
 
 
 def png(colour=(200, 30, 30), size=(8, 8), mode="RGB", **options):
@@ -107,7 +109,7 @@ def test_noise_is_standard_normal_and_time_uniform(uneven):
 def test_the_index_is_made_once_beside_the_tar_and_again_when_the_tar_changes(uneven, monkeypatch):
     first = data.index_tar(uneven[0])
     with monkeypatch.context() as m:
-        m.setattr(data, "scan_tar", lambda path: pytest.fail("scanned again"))
+        m.setattr(ddm.tars, "scan_tar", lambda path: pytest.fail("scanned again"))
         assert np.array_equal(data.index_tar(uneven[0]), first)
     write(uneven[0], [{"png": png(), "cls": b"5"}])
     assert len(data.index_tar(uneven[0])) == 1
@@ -184,14 +186,14 @@ def touch(*paths):
 
 def test_a_path_that_exists_is_that_file_whatever_its_characters(here):
     touch("data [v2]/0 {a,b}.tar", "data [v2]/what?.tar", "data v/x.tar", "s p/*.tar")
-    assert list(data.find_tars(["data [v2]/0 {a,b}.tar", "data [v2]/what?.tar", "s p/*.tar"]).values()) == ["s p/*.tar", "data [v2]/0 {a,b}.tar", "data [v2]/what?.tar"]
+    assert list(ddm.tars.find_tars(["data [v2]/0 {a,b}.tar", "data [v2]/what?.tar", "s p/*.tar"]).values()) == ["s p/*.tar", "data [v2]/0 {a,b}.tar", "data [v2]/what?.tar"]
 
 
 def test_two_stars_are_folders_at_any_depth_and_a_tar_counts_once(here):
     touch("d/0.tar", "d/a/1.tar", "d/a/b/2.TAR")
     os.symlink("a/1.tar", "d/link.tar")
     left = []
-    assert data.find_tars(["d/**/*.tar", "d/**/*.TAR", "d/0.tar", str(here / "d" / "0.tar")], left) == {"0": str(here / "d" / "0.tar"), "1": "d/a/1.tar", "2": "d/a/b/2.TAR"}
+    assert ddm.tars.find_tars(["d/**/*.tar", "d/**/*.TAR", "d/0.tar", str(here / "d" / "0.tar")], left) == {"0": str(here / "d" / "0.tar"), "1": "d/a/1.tar", "2": "d/a/b/2.TAR"}
     assert left == ["1 links to tars that are there already"]
 
 
@@ -201,7 +203,7 @@ def test_what_is_no_tar_is_counted(here):
         os.makedirs("d/sub", exist_ok=True)
         (here / "d" / name).write_bytes(b"x")
     left = []
-    assert list(data.find_tars(["d/*"], left)) == ["0"]
+    assert list(ddm.tars.find_tars(["d/*"], left)) == ["0"]
     assert left == ["2 .tar.gz, 1 .parquet, 1 .tgz, 1 folder (d/0.parquet the first; compressed tars cannot be read at any place: decompress them (gunzip d/1.tar.gz))"]
 
 
@@ -223,7 +225,7 @@ def test_a_pattern_without_tars_is_told_what_is_there(here, pattern, says):
         if patterns[1:] and pattern in ("d", "deep", "gz/0.tar.gz", "zip/*", "pictures", "pictures/*/*.JPG", "x.parquet", "empty"):
             continue        # left out beside what there is
         with pytest.raises(UserError) as error:
-            data.find_tars(patterns)
+            ddm.tars.find_tars(patterns)
         assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -244,7 +246,7 @@ def test_an_error_says_what_a_tar_holds_instead(here, condition, names, cause, s
     with TarWriter("x.tar") as tar:
         for name, payload in members(*names):
             tar.add(name, payload)
-    words = data.describe_samples("x.tar", cause, condition)
+    words = ddm.tars.describe_samples("x.tar", cause, condition)
     assert words.startswith("x.tar ") and says in words and (cause == "" or f"begins with {names[0]}" in words)
 
 
@@ -252,8 +254,8 @@ def test_an_error_says_what_a_tar_holds_instead(here, condition, names, cause, s
                                            (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (png(), "a PNG")])
 def test_a_file_that_is_no_tar_is_named_for_what_it_is(here, capsys, payload, says):
     (here / "x.tar").write_bytes(payload)
-    notes = data.Notes()
-    assert list(scan_tar("x.tar", notes)) == [] and says in notes.torn and says in capsys.readouterr().err and says in data.describe_samples("x.tar", "", "text")
+    notes = ddm.tars.Notes()
+    assert list(scan_tar("x.tar", notes)) == [] and says in notes.torn and says in capsys.readouterr().err and says in ddm.tars.describe_samples("x.tar", "", "text")
 
 
 def test_the_first_of_jpg_jpeg_png_webp_is_taken_in_any_order(here):
@@ -282,27 +284,27 @@ def test_a_reference_says_what_it_leaves_out(here, capsys):
 
 def test_a_copy_is_the_same_source_and_another_content_is_not(here):
     touch("a.tar")
-    source = data.read_source("a.tar")
+    source = ddm.tars.read_source("a.tar")
     os.utime("a.tar", ns=(1, 1))
-    again = data.read_source("a.tar", source)
+    again = ddm.tars.read_source("a.tar", source)
     assert again != source and again.sha256 == source.sha256
     stat, payload = os.stat("a.tar"), bytearray((here / "a.tar").read_bytes())
     payload[600] ^= 1
     (here / "a.tar").write_bytes(payload)
     os.utime("a.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))     # the same size and date, as cp -p leaves them
-    assert data.read_source("a.tar", again).sha256 != source.sha256
+    assert ddm.tars.read_source("a.tar", again).sha256 != source.sha256
 
 
 def test_an_unchanged_tar_is_not_read_again(here, monkeypatch):
     touch("a.tar")
     ranks = SimpleNamespace(rank=0, world=1)
-    first = data.read_sources(["a.tar"], "out/sources.json", ranks)
+    first = ddm.tars.read_sources(["a.tar"], "out/sources.json", ranks)
     monkeypatch.setattr(data.hashlib, "file_digest", lambda *args: pytest.fail("read again"))
-    assert data.read_sources(["a.tar"], "out/sources.json", ranks) == first
+    assert ddm.tars.read_sources(["a.tar"], "out/sources.json", ranks) == first
     (here / "out" / "sources.json").write_text('{"x": 5}')
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    assert data.read_sources(["a.tar"], "out/sources.json", ranks) == first
+    assert ddm.tars.read_sources(["a.tar"], "out/sources.json", ranks) == first
 
 
 # ---- bad samples --------------------------------------------------------------------------------------------------
@@ -426,11 +428,11 @@ def test_imagenet_s_own_tar_becomes_shards_with_classes_in_the_names_order(tmp_p
             info = tarfile.TarInfo(f"{name}.tar")
             info.size = len(inner.getvalue())
             outer.addfile(info, io.BytesIO(inner.getvalue()))
-    assert "6 pictures of 2 classes" in command("data.py", "--out", tmp_path / "out", "--imagenet", tmp_path / "train.tar", "--per-tar", 4).stdout
+    assert "6 pictures of 2 classes" in command("tools/shapes.py", "--out", tmp_path / "out", "--imagenet", tmp_path / "train.tar", "--per-tar", 4).stdout
     found = [[(s.key, sorted(s.members)) for s in scan_tar(tmp_path / "out" / f"0000{i}.tar")] for i in range(2)]
     assert [len(samples) for samples in found] == [4, 2] and all(m == ["cls", "image"] for samples in found for _, m in samples)
     with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
         payloads = {m.name: tar.extractfile(m).read() for m in tar}
     assert payloads["n01_2.jpg"] == b"012 " and payloads["n01_2.cls"] == b"0" and payloads["n02_0.cls"] == b"1"
-    done = command("data.py", "--out", tmp_path / "none", "--imagenet", tmp_path / "out" / "00000.tar", check=False)
+    done = command("tools/shapes.py", "--out", tmp_path / "none", "--imagenet", tmp_path / "out" / "00000.tar", check=False)
     assert done.returncode == 2 and "ILSVRC2012_img_train.tar" in done.stderr and not os.path.exists(tmp_path / "none")

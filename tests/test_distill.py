@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import distill
 import model as models
-import plan
-from common import make_config
+from ddm.config import make_config
+from ddm import artifacts, plan
 
 
 class Part:
@@ -38,7 +38,7 @@ def losses(run):
 def distilled(trained, tmp_path_factory):
     """A trained run with a student. Do not change it."""
     run = copy(trained, tmp_path_factory.mktemp("distilled"))
-    command("distill.py", "--run", run)
+    command("distill.py", "--run-dir", run)
     return run
 
 
@@ -72,7 +72,7 @@ def test_the_stream_of_a_billion_steps_takes_no_memory_and_is_the_formula_s():
 
 def test_teachers_stay_where_there_is_room(monkeypatch):
     shapes = [models.ModelConfig(8, 3, dim=dim, depth=1, heads=2, patch=2) for dim in (32, 32, 64)]
-    sizes = sorted(4 * models.parameters(shape) for shape in shapes)
+    sizes = sorted(4 * plan.parameter_count(shape) for shape in shapes)
     infos = {k: {"model": vars(shape)} for k, shape in enumerate(shapes)}
     train = make_config({"train.precision": "fp32"}).train
 
@@ -93,9 +93,9 @@ def test_teachers_stay_where_there_is_room(monkeypatch):
 
 
 def test_the_student_s_file_says_what_it_is_and_what_it_cost(distilled):
-    info = models.read_info(distilled / "student.safetensors")
-    teacher, images = models.read_info(distilled / "experts" / "0.safetensors"), 6 * 6      # a quarter of the monolith's 24
-    one = models.flops(models.ModelConfig(**info["model"]))
+    info = artifacts.read_info(distilled / "student.safetensors")
+    teacher, images = artifacts.read_info(distilled / "experts" / "0.safetensors"), 6 * 6      # a quarter of the monolith's 24
+    one = plan.flops(models.ModelConfig(**info["model"]))
     assert info["images"] == images and info["flops"] == images * (3 * one + one) and info["init_flops"] == 0
     assert info["fingerprint"] == teacher["fingerprint"] and info["shard"] == "student" and (info["objective"], info["path"]) == ("velocity", "linear")
     assert teacher["objective"] == "x0"
@@ -106,42 +106,42 @@ def test_the_student_samples_like_a_monolith(distilled, tmp_path):
     sample(distilled, tmp_path / "student", "--student")
     sample(distilled, tmp_path / "ensemble", "--strategy", "full")
     assert len(pictures(tmp_path / "student")) == 6 and (pictures(tmp_path / "student") != pictures(tmp_path / "ensemble")).any()
-    done = inside("sample.py", "--run", distilled, "--prompt", "x", "--student", "--monolith")
+    done = inside("sample.py", "--run-dir", distilled, "--prompt", "x", "--student", "--monolith")
     assert done.returncode == 2 and "not allowed with" in done.stderr
 
 
 def test_a_student_that_is_its_teachers_has_nothing_to_learn(trained, tmp_path):
     run = copy(trained, tmp_path)
     shutil.rmtree(run / "checkpoints" / "expert-0")
-    command("train_expert.py", "--run", run, "--shard", 0, "--flow.objective", "velocity", "--train.lr", 1e-2)
+    command("train_expert.py", "--run-dir", run, "--shard", 0, "--flow.objective", "velocity", "--train.lr", 1e-2)
     for k in (1, 2):
         give(run, 0, k)
-    command("distill.py", "--run", run, "--init", 0, "--train.steps", 4)
-    assert losses(run) == [0.0, 0.0] and models.read_info(run / "student.safetensors")["init_flops"] > 0
+    command("distill.py", "--run-dir", run, "--init", 0, "--train.steps", 4)
+    assert losses(run) == [0.0, 0.0] and artifacts.read_info(run / "student.safetensors")["init_flops"] > 0
     expert, student = load_file(run / "experts" / "0.safetensors"), load_file(run / "student.safetensors")
     assert all(torch.allclose(expert[k], student[k], atol=1e-6) for k in expert)
 
 
 def test_a_student_gets_nearer_to_its_teachers(distilled, tmp_path):
     run = copy(distilled, tmp_path)
-    command("distill.py", "--run", run, "--train.steps", 60, "--train.lr", 3e-3, "--train.log_every", 10)
+    command("distill.py", "--run-dir", run, "--train.steps", 60, "--train.lr", 3e-3, "--train.log_every", 10)
     loss = losses(run)      # goes on at step 6
     assert loss[-1] < 0.7 * loss[0]
 
 
 def test_a_training_of_fewer_pictures_than_it_draws(trained, tmp_path):
     run = copy(trained, tmp_path)
-    command("distill.py", "--run", run, "--train.steps", 1, "--train.batch", 7)     # which three clusters do not divide
-    assert (run / "checkpoints" / "student" / "status").read_text() == "finished 1\n" and models.read_info(run / "student.safetensors")["images"] == 7
+    command("distill.py", "--run-dir", run, "--train.steps", 1, "--train.batch", 7)     # which three clusters do not divide
+    assert (run / "checkpoints" / "student" / "status").read_text() == "finished 1\n" and artifacts.read_info(run / "student.safetensors")["images"] == 7
 
 
 def test_two_ranks_and_a_resume_teach_the_same_student(distilled, trained, tmp_path):
     run = copy(trained, tmp_path)
-    command("distill.py", "--run", run, "--train.batch", 8, "--train.micro_batch", 2, "--train.steps", 4)
-    command("distill.py", "--run", run, "--train.batch", 8, "--train.micro_batch", 2)
+    command("distill.py", "--run-dir", run, "--train.batch", 8, "--train.micro_batch", 2, "--train.steps", 4)
+    command("distill.py", "--run-dir", run, "--train.batch", 8, "--train.micro_batch", 2)
     os.rename(run / "student.safetensors", tmp_path / "resumed")
     other = copy(trained, tmp_path / "other")
-    command("distill.py", "--run", other, "--train.batch", 8, "--train.micro_batch", 2, ranks=2)
+    command("distill.py", "--run-dir", other, "--train.batch", 8, "--train.micro_batch", 2, ranks=2)
     assert losses(run) == pytest.approx(losses(other), rel=1e-4)
     a, b = load_file(tmp_path / "resumed"), load_file(other / "student.safetensors")
     assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
@@ -154,12 +154,12 @@ def test_two_ranks_and_a_resume_teach_the_same_student(distilled, trained, tmp_p
     (["--data.size", 16], ["the student", "do not fit together", "size 16 / 8"]),
     (["--flow.objective", "eps"], ["unknown argument --flow.objective"])])
 def test_mistakes_are_named_in_one_line(trained, flags, says):
-    done = inside("distill.py", "--run", trained, *flags)
+    done = inside("distill.py", "--run-dir", trained, *flags)
     assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and all(text in done.stderr for text in says), done.stderr
 
 
 def test_a_missing_teacher_is_an_error(trained, tmp_path):
     run = copy(trained, tmp_path)
     os.remove(run / "experts" / "1.safetensors")
-    done = inside("distill.py", "--run", run)
+    done = inside("distill.py", "--run-dir", run)
     assert done.returncode == 2 and "no expert for cluster 1 of 3: bring them to" in done.stderr and os.listdir(run / "checkpoints" / "student") == ["status"]

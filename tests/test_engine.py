@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 
 import engine
 import model as models
-import plan
 from training import TIMING
+from ddm import artifacts, plan
+import ddm.process
 
 KINDS = {"DiT": dict(condition="class", classes=10), "MMDiT": dict(condition="text", text_dim=6, length=5, double=2)}
 
 
 def small(kind, seed=0):
     torch.manual_seed(seed)
-    model = models.build(models.ModelConfig(8, 3, dim=32, depth=4, heads=2, patch=2, **KINDS[kind]))
+    model = artifacts.build(models.ModelConfig(8, 3, dim=32, depth=4, heads=2, patch=2, **KINDS[kind]))
     with torch.no_grad():
         for p in model.parameters():        # adaLN-Zero starts as a constant
             p += 0.05 * torch.randn_like(p)
@@ -135,7 +136,7 @@ def test_a_micro_batch_that_leaves_a_rest_is_said_with_its_divisors(capsys):
 
 def made(tmp_path, **settings):
     """An engine.State of the small DiT on this process."""
-    from common import make_config
+    from ddm.config import make_config
     from training import stage_config
     config = make_config({f"train.{key}": value for key, value in settings.items()})
     ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
@@ -166,7 +167,7 @@ def test_one_writer_writes_each_checkpoint_as_the_state_was(tmp_path, monkeypatc
             next(iter(state.ema.values())).add_(100)        # training goes on while it is written
         assert state.finish_saving() and state.writer is writer
         next(iter(state.ema.values())).sub_(100)
-    assert [os.path.basename(path) for path in state.checkpoints()] == ["step-00000002", "step-00000003"]       # train.keep
+    assert [os.path.basename(path) for path in state.checkpoints()] == ["step-00000002", "step-00000003"]       # train.keep_last
     for path, average in zip(state.checkpoints(), averages[1:]):
         found = {"ema": {k: torch.zeros_like(e) for k, e in average.items()}}
         torch.distributed.checkpoint.load(found, checkpoint_id=path, no_dist=True)
@@ -192,7 +193,7 @@ LACKING = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 def sampled(state):
     import training
-    from common import make_config
+    from ddm.config import make_config
     training.save_samples(state, make_config({}), Stub(), Stub(), solver_steps=2)
 
 
@@ -252,7 +253,7 @@ def test_sharded_ranks_agree_before_the_model_and_fail_within_it(tmp_path, monke
 def test_samples_are_drawn_no_more_at_once_than_a_micro_batch(tmp_path, monkeypatch):
     import flow
     import training
-    from common import make_config
+    from ddm.config import make_config
     state, sizes, plain = made(tmp_path, micro_batch=3), [], flow.predict_velocity
     monkeypatch.setattr(flow, "predict_velocity", lambda model, x, *rest: sizes.append(len(x)) or plain(model, x, *rest))
     x, c = torch.randn(16, 3, 8, 8), torch.arange(16) % 10
@@ -266,9 +267,9 @@ def test_samples_are_drawn_no_more_at_once_than_a_micro_batch(tmp_path, monkeypa
 # ---- the average ----------------------------------------------------------------------------------------------------
 
 def test_the_average_is_the_formula_s_and_swapping_it_twice_changes_nothing(tmp_path):
-    from common import make_config
+    from ddm.config import make_config
     from training import stage_config
-    config = make_config({"train.lr": 0.01, "train.ema": 0.5, "train.clip": 0.0})
+    config = make_config({"train.lr": 0.01, "train.ema_decay": 0.5, "train.grad_clip": 0.0})
     ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
     state = engine.State(str(tmp_path), "x", small("DiT").config, stage_config(config), ranks, config, SimpleNamespace(info={}), 3,
                          initial=small("DiT").state_dict())
@@ -320,7 +321,7 @@ def test_a_sharded_average_is_the_formula_s_also_after_a_resume(alone, tmp_path,
 
 
 def test_a_checkpoint_holds_the_moment_it_was_made_while_training_goes_on(tmp_path):
-    from common import make_config
+    from ddm.config import make_config
     from training import stage_config
     config = make_config({})
     ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
@@ -345,14 +346,14 @@ def test_a_checkpoint_holds_the_moment_it_was_made_while_training_goes_on(tmp_pa
 def mmdit(clustered, tmp_path_factory):
     """An MMDiT trained as the monolith by one process. Do not change it, copy it."""
     run = copy(clustered, tmp_path_factory.mktemp("mmdit"))
-    command("train_expert.py", "--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2)
+    command("train_expert.py", "--run-dir", run, "--shard", "all", "--model.double", 1, "--model.depth", 2)
     return run
 
 
 @pytest.mark.parametrize("flags", [[], ["--train.micro_batch", 6, "--train.activation_checkpointing", "selective"]])
 def test_sharded_training_gives_the_losses_and_the_average_of_one_process(clustered, mmdit, tmp_path, flags):
     run = copy(clustered, tmp_path)
-    done = command("train_expert.py", "--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.parallel", "fsdp", *flags, ranks=2)
+    done = command("train_expert.py", "--run-dir", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.parallel", "fsdp", *flags, ranks=2)
     assert "sharded (FSDP2) over 2 ranks" in done.stdout
     same_rows(mmdit, run, "expert-all")
     one, two = (load_file(r / "experts" / "all.safetensors") for r in (mmdit, run))
@@ -364,8 +365,8 @@ def test_sharded_training_in_bf16_follows_one_process_in_bf16(clustered, tmp_pat
     """To bf16's rounding: FSDP's gathered weights are bf16 where autocast would leave fp32. Pictures are drawn as well."""
     flags = ["--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.precision", "bf16"]
     one, two = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
-    command("train_expert.py", "--run", one, *flags)
-    command("train_expert.py", "--run", two, *flags, "--train.parallel", "fsdp", ranks=2)
+    command("train_expert.py", "--run-dir", one, *flags)
+    command("train_expert.py", "--run-dir", two, *flags, "--train.parallel", "fsdp", ranks=2)
     for a, b in zip(log(one, "expert-all"), log(two, "expert-all"), strict=True):
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=0.02)
     assert os.path.exists(two / "samples" / "expert-all-00000006.png")
@@ -373,7 +374,7 @@ def test_sharded_training_in_bf16_follows_one_process_in_bf16(clustered, tmp_pat
 
 def test_replicated_or_sharded_is_chosen_by_the_estimate_and_replicas_give_the_same(clustered, mmdit, tmp_path):
     run = copy(clustered, tmp_path)
-    done = command("train_expert.py", "--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, ranks=2)
+    done = command("train_expert.py", "--run-dir", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, ranks=2)
     assert "replicated (DDP) over 2 ranks, train.parallel = 'auto'" in done.stdout and "GB a rank replicated" in done.stdout
     same_rows(mmdit, run, "expert-all")
 
@@ -381,7 +382,7 @@ def test_replicated_or_sharded_is_chosen_by_the_estimate_and_replicas_give_the_s
 def test_a_sharded_training_goes_on_with_one_rank_and_sharded_again(clustered, mmdit, tmp_path):
     """2 -> 1 -> 2 ranks; moments and average are resharded as they are loaded."""
     run = copy(clustered, tmp_path)
-    flags = ["--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2]
+    flags = ["--run-dir", run, "--shard", "all", "--model.double", 1, "--model.depth", 2]
     command("train_expert.py", *flags, "--train.steps", 2, "--train.parallel", "fsdp", ranks=2)
     assert "resumed at step 2" in command("train_expert.py", *flags, "--train.steps", 4).stdout
     assert "resumed at step 4" in command("train_expert.py", *flags, "--train.parallel", "fsdp", ranks=2).stdout
@@ -394,17 +395,17 @@ def test_compiled_blocks_train_sharded(clustered, mmdit, tmp_path):
     """The graphs run as they are traced: no C++ compiler is needed for this."""
     run = copy(clustered, tmp_path)
     script = tmp_path / "traced.py"
-    script.write_text("import os, sys; sys.path.insert(0, os.getcwd()); import engine, train_expert, common, functools\n"
+    script.write_text("import os, sys; sys.path.insert(0, os.getcwd()); import engine, train_expert, functools; from ddm import errors\n"
                       "engine.prepare_blocks = functools.partial(engine.prepare_blocks, backend='aot_eager')\n"
-                      "common.script(train_expert.main)\n")
-    command(script, "--run", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.parallel", "fsdp", "--train.compile", "yes",
+                      "errors.script(train_expert.main)\n")
+    command(script, "--run-dir", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.parallel", "fsdp", "--train.compile", "yes",
             "--train.activation_checkpointing", "block", ranks=2)
     same_rows(mmdit, run, "expert-all", rel=1e-4)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line_and_the_former_one_is_used(clustered, tmp_path):
     run = copy(clustered, tmp_path)
-    flags = ["--run", run, "--shard", 0, "--train.save_every", 2, "--data.workers", 0]
+    flags = ["--run-dir", run, "--shard", 0, "--train.save_every", 2, "--data.workers", 0]
     command("train_expert.py", *flags, "--train.steps", 2)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))        # the model's file is smaller, a checkpoint larger
     done = subprocess.run(command_line("train_expert.py", *flags), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=limit)
@@ -417,7 +418,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line_and_the_former_
 
 def test_a_profile_is_a_trace_and_the_log_has_speed_and_memory(clustered, tmp_path):
     run = copy(clustered, tmp_path)
-    command("train_expert.py", "--run", run, "--shard", 0, "--profile")
+    command("train_expert.py", "--run-dir", run, "--shard", 0, "--profile")
     trace = json.loads((run / "logs" / "expert-0.trace.json").read_text())
     assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
     for row in log(run, "expert-0"):
@@ -433,7 +434,7 @@ def test_peak_rates_are_found_by_the_names_that_devices_give_themselves(name, bf
 
 
 def test_every_device_of_the_table_can_be_planned_for():
-    from common import CONFIG
+    from ddm.config import CONFIG
     assert CONFIG["plan"]["gpu"][2] == tuple(plan.DEVICES)
 
 
@@ -485,7 +486,7 @@ def test_memory_by_hand_replicated_and_sharded():
 
 
 def test_frozen_networks_are_planned_for_and_work_before_the_model_does():
-    from common import make_config
+    from ddm.config import make_config
     sdxl = "openai/clip-vit-large-patch14 + laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
     config = make_config({"autoencoder.name": "stabilityai/sd-vae-ft-mse", "text.name": sdxl})
     weights, work, unknown = plan.frozen(config, bf16=True)
@@ -504,7 +505,7 @@ def test_frozen_networks_are_planned_for_and_work_before_the_model_does():
 def test_frozen_networks_of_a_folder_are_counted_by_their_configs(networks):
     import diffusers
     import transformers
-    from common import make_config
+    from ddm.config import make_config
     config = make_config({"autoencoder.name": str(networks / "vae"), "text.name": f"{networks / 'clip'} + {networks / 't5'} + {networks / 'bart'}"})
     classes = {"clip": transformers.CLIPTextModel, "t5": transformers.T5EncoderModel, "bart": transformers.BartModel}
     loaded = {name: kind.from_pretrained(networks / name) for name, kind in classes.items()}
@@ -533,36 +534,35 @@ def test_as_many_teachers_as_fit_beside_the_training():
 
 
 def test_ranks_share_their_own_machine_s_cores_and_memory(monkeypatch):
-    import common
     cpu = torch.device("cpu")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert common.local_world() == 1
+    assert ddm.process.local_world() == 1
     whole = plan.device_memory(cpu)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    assert common.local_world() == 16       # a launcher that does not say it
+    assert ddm.process.local_world() == 16       # a launcher that does not say it
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert common.local_world() == 8 and plan.device_memory(cpu) == whole // 8
+    assert ddm.process.local_world() == 8 and plan.device_memory(cpu) == whole // 8
 
 
 def test_the_plan_of_the_3b_config_says_memory_time_and_what_the_paper_s_step_implies():
     done = inside("train_expert.py", "--shard", 0, "--plan", os.path.join(ROOT, "configs", "laion-3b.toml"), "--plan.gpus", 16, "--plan.step_seconds", 0.28)
     assert done.returncode == 0, done.stderr
     shape = models.ModelConfig(32, 4, condition="text", text_dim=2048, length=128, **models.PRESETS["MMDiT-3B/2"])
-    image = 3 * models.flops(shape)
+    image = 3 * plan.flops(shape)
     assert f"{image / 1e12:.4g} TFLOPs" in done.stdout
     assert f"an MFU of {256 * image / (16 * 989e12 * 0.28):.1%}" in done.stdout and "3.2 days" in done.stdout
     assert "FSDP2" in done.stdout and "DDP" in done.stdout
     # the autoencoder in fp32, T5's encoder in bf16; weights, moments and average, once a GPU
     assert f"{(4 * 83_653_863 + 2 * 1_223_527_424) / 1e9:.3g} GB for frozen networks" in done.stdout
-    assert f"copied to {16 * models.parameters(shape) / 1e9:.3g} GB of pinned memory" in done.stdout
+    assert f"copied to {16 * plan.parameter_count(shape) / 1e9:.3g} GB of pinned memory" in done.stdout
 
 
 def test_plans_of_a_run_train_nothing(clustered, tmp_path):
     run = copy(clustered, tmp_path)
     for script, flags in (("train_expert.py", ["--shard", 0]), ("train_router.py", []), ("distill.py", [])):
-        done = inside(script, "--run", run, *flags, "--plan", "--plan.gpus", 1)
+        done = inside(script, "--run-dir", run, *flags, "--plan", "--plan.gpus", 1)
         assert done.returncode == 0 and "images/s" in done.stdout and "micro-batch" in done.stdout, done.stderr
     assert not (run / "checkpoints").exists()
-    done = inside("train_expert.py", "--run", run, "--shard", 0, "--plan", "--plan.gpus", 3)
+    done = inside("train_expert.py", "--run-dir", run, "--shard", 0, "--plan", "--plan.gpus", 3)
     assert done.returncode == 2 and "a batch of 8 cannot be shared by 3 GPUs" in done.stderr

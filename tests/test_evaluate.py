@@ -13,18 +13,16 @@ from conftest import command, copy, inside, rewrite
 from PIL import Image
 from safetensors.torch import load_file
 
-import common
 import evaluate
-import features
 import flow
-import model as models
-import networks as nets
-import pretrained
-import report
 import training
-from common import make_config
+from ddm.config import make_config
 from data import TarDataset, square, to_float
-from ensemble import Ensemble
+from ddm.ensemble import Ensemble
+from ddm import artifacts, codec, encoders, features, report
+import ddm.config
+import ddm.run
+import ddm.text
 
 CPU = torch.device("cpu")
 FEW = ("--samples", 12, "--loss-images", 10, "--device", "cpu")
@@ -32,7 +30,7 @@ FEW = ("--samples", 12, "--loss-images", 10, "--device", "cpu")
 
 def measured(run, data, *flags, table="models"):
     """-> the JSON of evaluate.py on one run."""
-    done = inside("evaluate.py", "--run", run, "--data", data / "*.tar", *FEW, *flags)
+    done = inside("evaluate.py", "--run-dir", run, "--data", data / "*.tar", *FEW, *flags)
     assert done.returncode == 0, done.stderr
     return json.load(open(run / "evaluation" / f"{table}.json"))["results"][0]
 
@@ -41,23 +39,23 @@ def measured(run, data, *flags, table="models"):
 def evaluated(trained, tars, tmp_path_factory):
     """A trained run and its evaluation by the command. Do not change it."""
     run = copy(trained, tmp_path_factory.mktemp("evaluated"))
-    command("distill.py", "--run", run)
-    done = command("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, "--npz")
+    command("distill.py", "--run-dir", run)
+    done = command("evaluate.py", "--run-dir", run, "--data", tars / "*.tar", *FEW, "--npz")
     return run, json.load(open(run / "evaluation" / "models.json"))["results"][0], done
 
 
 def clustered(run, data, config, *flags):
     """A run after stage 1, with experts and a router that were never trained."""
-    command("cluster.py", "--data", data / "*.tar", "--run", run, "--config", config, *flags)
-    config, clusters = common.load_run(run, {}), common.read_clusters(run)
-    space = pretrained.Space(config)
+    command("cluster.py", "--data", data / "*.tar", "--run-dir", run, "--config", config, *flags)
+    config, clusters = ddm.config.load_run(run, {}), ddm.run.read_clusters(run)
+    space = codec.Space(config)
     info = training.describe(config, space, clusters) | {"step": 1, "images": 1, "flops": 1}
     os.mkdir(run / "experts")
     for k in range(config.cluster.experts):
-        expert = models.build(training.model_config(config, "model", space))
-        models.save(run / "experts" / f"{k}.safetensors", expert.config, expert.state_dict(), shard=str(k), objective="velocity", path="linear", **info)
-    router = models.build(training.model_config(config, "router", space, config.cluster.experts))
-    models.save(run / "router.safetensors", router.config, router.state_dict(), **info)
+        expert = artifacts.build(training.model_config(config, "model", space))
+        artifacts.save(run / "experts" / f"{k}.safetensors", expert.config, expert.state_dict(), shard=str(k), objective="velocity", path="linear", **info)
+    router = artifacts.build(training.model_config(config, "router", space, config.cluster.experts))
+    artifacts.save(run / "router.safetensors", router.config, router.state_dict(), **info)
     return run
 
 
@@ -102,7 +100,7 @@ def test_neither_batch_size_nor_ranks_change_the_numbers(evaluated, tars, tmp_pa
     shutil.copytree(run, other, ignore=shutil.ignore_patterns("evaluation"))
     assert close(measured(other, tars, "--batch", 5) | {"run": ""}, first | {"run": ""})
     shutil.rmtree(other / "evaluation")
-    command("evaluate.py", "--run", other, "--data", tars / "*.tar", *FEW, ranks=2)
+    command("evaluate.py", "--run-dir", other, "--data", tars / "*.tar", *FEW, ranks=2)
     assert close(json.load(open(other / "evaluation" / "models.json"))["results"][0] | {"run": ""}, first | {"run": ""})
 
 
@@ -134,7 +132,7 @@ def test_table_strategies_is_the_paper_s_with_its_costs(trained, tars, tmp_path)
     rows = {row["strategy"] or row["model"]: row for row in measured(run, tars, "--table", "strategies", table="strategies")["rows"]}
     assert set(rows) == {"monolith", "oracle", "full", "top-1", "top-2", "top-3", "sample-1", "sample-2", "sample-3", "threshold-0.01", "threshold-0.05",
                          "threshold-0.1", "nucleus-0.9, temperature 0.5", "nucleus-0.9, temperature 1.0", "nucleus-0.9, temperature 2.0", "once"}
-    E, R = (models.load(run / name)[0].flops() * 4 / 1e9 for name in ("experts/0.safetensors", "router.safetensors"))      # of four steps
+    E, R = (artifacts.load(run / name)[0].flops() * 4 / 1e9 for name in ("experts/0.safetensors", "router.safetensors"))      # of four steps
     for name, cost in (("monolith", 2 * E), ("oracle", 2 * E), ("full", 6 * E + R), ("top-1", 2 * E + R), ("top-2", 4 * E + R), ("sample-3", 6 * E + R),
                        ("nucleus-0.9, temperature 2.0", 2 * E + R), ("once", 2 * E + R / 4)):
         assert rows[name]["gflops_per_image"] == pytest.approx(cost)
@@ -143,7 +141,7 @@ def test_table_strategies_is_the_paper_s_with_its_costs(trained, tars, tmp_path)
 
 def test_table_experts_sets_several_runs_beside_each_other(trained, tars, config, tmp_path):
     run, other = copy(trained, tmp_path), clustered(tmp_path / "two", tars, config, "--experts", 2)
-    done = inside("evaluate.py", "--run", run, "--runs", other, "--data", tars / "*.tar", *FEW, "--table", "experts")
+    done = inside("evaluate.py", "--run-dir", run, "--runs", other, "--data", tars / "*.tar", *FEW, "--table", "experts")
     assert done.returncode == 0, done.stderr
     results = json.load(open(run / "evaluation" / "experts.json"))["results"]
     assert [r["experts"] for r in results] == [3, 2] and [len(r["rows"]) for r in results] == [2, 1] and results[0]["rows"][0]["reference"] == results[1]["rows"][0]["reference"]
@@ -153,7 +151,7 @@ def test_table_experts_sets_several_runs_beside_each_other(trained, tars, config
 def test_samples_of_earlier_calls_are_named(evaluated, tars, tmp_path):
     run = copy(evaluated[0], tmp_path)
     np.savez(run / "evaluation" / "ensemble-top-1.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
-    done = inside("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, "--models", "ensemble", "--strategy", "full", "--npz")
+    done = inside("evaluate.py", "--run-dir", run, "--data", tars / "*.tar", *FEW, "--models", "ensemble", "--strategy", "full", "--npz")
     assert done.returncode == 0 and "; samples in ensemble-full.npz" in done.stdout
     assert "samples of earlier calls, too, not of this table: ensemble-top-1.npz, monolith.npz, student.npz" in done.stdout
     assert "earlier calls" not in evaluated[2].stdout
@@ -166,7 +164,7 @@ def test_what_the_file_system_refuses_is_said_before_the_work(trained, tars, tmp
     monkeypatch.setattr(evaluate, "open_reference", None)       # would read
     for out, says in (("file", "it is a file"), ("link", "a link to nothing"), ("file/x", "a part of this path is a file"), ("x" * 300, "shorter name"),
                       ("taken", "models.md is a folder"), ("\udcff", "is not UTF-8")):
-        done = inside("evaluate.py", "--run", trained, "--data", tars / "*.tar", *FEW, "--out", tmp_path / out)
+        done = inside("evaluate.py", "--run-dir", trained, "--data", tars / "*.tar", *FEW, "--out", tmp_path / out)
         lines = done.stderr.splitlines()
         assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], done.stderr
     done = inside("evaluate.py", "--data", tars / "*.tar", "--images", tmp_path / "taken", "--size", 8, "--out", tmp_path / "file")
@@ -198,7 +196,7 @@ def test_the_loss_is_eq_6_of_the_mixed_velocity_on_the_same_noise(evaluated, tar
         t = torch.from_numpy((np.arange(10) + rng.random(10)) / 10).float()
         eps = torch.from_numpy(rng.standard_normal((10, 3, 8, 8), dtype=np.float32))
         x_0 = to_float(torch.from_numpy(square(image, 8).copy())[None]).expand(10, -1, -1, -1)
-        c = models.hash_words(caption, 4, 64).expand(10, -1)
+        c = ddm.text.hash_words(caption, 4, 64).expand(10, -1)
         x_t = flow.interpolate(x_0, eps, t)
         p = team.route(x_t, t, c)
         for name, w in (("full", p), ("top-1", flow.top_k(p, 1)), ("oracle", torch.tensor([[0.0, 0, 1]]).expand(10, -1))):
@@ -265,25 +263,25 @@ def test_a_missing_or_damaged_expert_is_said_and_spoils_neither_router_nor_ledge
     assert result["rows"][0]["missing"] == [1] and "ensemble (without 1)" in (run / "evaluation" / "models.md").read_text()
     assert "router" not in result and "ensemble, oracle" not in result["loss"]["models"] and "ensemble" not in result["ledger"]
     for flags, says in ((["--loss", "oracle"], "1 of 3 are missing"), (["--table", "strategies", "--strategy", "full"], "does nothing")):
-        done = inside("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, *flags)
+        done = inside("evaluate.py", "--run-dir", run, "--data", tars / "*.tar", *FEW, *flags)
         assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
     for k in (1, 2):
         os.remove(run / "experts" / f"{k}.safetensors")
     os.remove(run / "router.safetensors")
-    done = inside("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW)
+    done = inside("evaluate.py", "--run-dir", run, "--data", tars / "*.tar", *FEW)
     assert done.returncode == 2 and "router.safetensors is missing" in done.stderr
 
 
 def test_models_of_another_clustering_or_size_are_refused(trained, tars, tmp_path):
     run = copy(trained, tmp_path)
     rewrite(run / "experts" / "all.safetensors", fingerprint="0123456789abcdef")
-    done = inside("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, "--models", "monolith")
+    done = inside("evaluate.py", "--run-dir", run, "--data", tars / "*.tar", *FEW, "--models", "monolith")
     assert done.returncode == 2 and "clustering 0123456789abcdef / " in done.stderr
-    done = inside("evaluate.py", "--run", trained, "--data", tars / "*.tar", *FEW, "--models", "ensemble", "--out", tmp_path, "--autoencoder.name", "x")
+    done = inside("evaluate.py", "--run-dir", trained, "--data", tars / "*.tar", *FEW, "--models", "ensemble", "--out", tmp_path, "--autoencoder.name", "x")
     assert done.returncode == 2 and "trained without a pretrained autoencoder" in done.stderr
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("size = 8\n", "size = 16\n"))
-    done = inside("evaluate.py", "--run", run, "--data", tars / "*.tar", *FEW, "--models", "ensemble")
+    done = inside("evaluate.py", "--run-dir", run, "--data", tars / "*.tar", *FEW, "--models", "ensemble")
     assert done.returncode == 2 and "trained with data.size 8" in done.stderr
 
 
@@ -329,7 +327,7 @@ def test_feature_spaces_have_the_field_s_names_and_are_not_normalised(latent_run
     assert result["loss"]["models"].keys() == {"ensemble, full", "ensemble, top-1", "ensemble, top-2", "ensemble, threshold-0.1", "ensemble, oracle"}
     assert len(result["router"]["accuracy"]) == 10 and result["reference"]["clip"]["class"] == "CLIPModel" and 0 <= row["clip_score"] <= 100
     # the reference's statistics, by hand
-    prepare, function, info = nets.image_features(make_config({"features.name": str(networks / "dinov2")}).features, CPU, normalise=False)
+    prepare, function, info = encoders.image_features(make_config({"features.name": str(networks / "dinov2")}).features, CPU, normalise=False)
     data = TarDataset(sorted(map(str, tars.glob("*.tar"))), 8)
     x = torch.from_numpy(function([prepare(Image.fromarray(square(data.sample(i)[0], 8))) for i in range(240)])).double()
     kept = [load_file(path) for path in (run / "evaluation").glob("reference-*.safetensors")]
@@ -341,7 +339,7 @@ def test_feature_spaces_have_the_field_s_names_and_are_not_normalised(latent_run
 
 def test_clip_score_is_a_hundred_times_the_cosine(networks):
     import transformers
-    prepare, score, _ = nets.clip_scorer(str(networks / "clip-image"), CPU)
+    prepare, score, _ = encoders.clip_scorer(str(networks / "clip-image"), CPU)
     images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)) for i in range(3)]
     captions = ["a red circle", "a cross", "a long text " * 20]
     found = score([prepare(image) for image in images], captions)
@@ -401,7 +399,7 @@ def test_class_runs_sample_the_reference_s_classes_and_write_them_down(tars, con
     (["--table", "strategies", "--strategy", "once"], ["--strategy once does nothing with --table strategies"]),
     (["--model", "student"], ["unknown argument --model"])])
 def test_mistakes_are_named_in_one_line(trained, tars, tmp_path, flags, says):
-    done = inside("evaluate.py", "--run", trained, "--data", tars / "*.tar", "--out", tmp_path, "--loss-images", 4, "--samples", 4, *flags)
+    done = inside("evaluate.py", "--run-dir", trained, "--data", tars / "*.tar", "--out", tmp_path, "--loss-images", 4, "--samples", 4, *flags)
     lines = [line for line in done.stderr.strip().splitlines() if "images" not in line or line.startswith("error")]
     assert done.returncode == 2 and len(lines) == 1 and all(text in lines[0] for text in says), done.stderr
 

@@ -25,12 +25,16 @@ from safetensors.torch import save_file
 from test_data import png, write
 
 import cluster
-import common
 import data
-import features
 import model as models
-from common import UserError
-from data import BadSample, TarDataset, scan_tar, usable
+from ddm.errors import UserError
+from ddm.tars import BadSample, scan_tar
+from data import TarDataset, usable
+from ddm import artifacts, features
+import ddm.config
+import ddm.files
+import ddm.run
+import ddm.tars
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 RED, WHITE, CAT = (200, 30, 30), (255, 255, 255), b"a cat"
@@ -55,8 +59,8 @@ def within(seconds):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No waits for disks, nor between tries."""
-    monkeypatch.setattr(common, "sync", lambda path: None)
-    monkeypatch.setattr(data, "RETRY", (0, 0, 0))
+    monkeypatch.setattr(ddm.files, "sync", lambda path: None)
+    monkeypatch.setattr(ddm.tars, "RETRY", (0, 0, 0))
 
 
 # ---- makers of bad files ------------------------------------------------------------------------------------------
@@ -539,14 +543,14 @@ def test_the_samples_of_a_tar_that_is_overwritten_by_garbage_are_replaced(two, t
     with open(two[1], "r+b") as f:
         f.write(random.Random(0).randbytes(os.path.getsize(two[1])))
     causes = compare(dataset, clean, set(range(10, 20)))
-    assert set(causes) == {data.STALE}
+    assert set(causes) == {ddm.tars.STALE}
 
 
 def test_a_tar_replaced_by_one_of_the_same_size_and_date_gives_no_other_samples(two, tmp_path):
     """As cp -p or rsync -t would: the same members in another order, so that each place has another sample."""
     clean, dataset = clean_copy(two, tmp_path), TarDataset(two, 8, "class", classes=20)
     stat, samples = os.stat(two[1]), [dataset.members(i) for i in range(10, 20)]
-    with data.TarWriter(two[1]) as tar:
+    with ddm.tars.TarWriter(two[1]) as tar:
         for i in reversed(range(10)):
             tar.add(f"{i:06d}.png", samples[i]["image"])
             tar.add(f"{i:06d}.cls", samples[i]["cls"])
@@ -554,7 +558,7 @@ def test_a_tar_replaced_by_one_of_the_same_size_and_date_gives_no_other_samples(
     assert os.stat(two[1]).st_size == stat.st_size
     dataset.files.clear()
     for reader in (TarDataset(two, 8, "class", classes=20), dataset):
-        assert set(compare(reader, clean, set(range(10, 20)))) == {data.STALE}
+        assert set(compare(reader, clean, set(range(10, 20)))) == {ddm.tars.STALE}
 
 
 def test_a_damaged_index_is_made_again_or_its_samples_are_bad_ones(two):
@@ -625,7 +629,7 @@ def test_stage_1_skips_what_cannot_be_read_and_tries_again_what_fails_once(two, 
 
 def test_headers_that_cannot_be_read_once_are_read_again_or_named(two, monkeypatch):
     """A tar's headers are read while its samples are decoded: it goes on where it was, no sample twice."""
-    real, left = data.scan_tar, [2]
+    real, left = ddm.tars.scan_tar, [2]
 
     def flaky(path, notes=None):
         for number, sample in enumerate(real(path, notes)):
@@ -633,7 +637,7 @@ def test_headers_that_cannot_be_read_once_are_read_again_or_named(two, monkeypat
                 left[0] -= 1
                 fails()
             yield sample
-    monkeypatch.setattr(data, "scan_tar", flaky)
+    monkeypatch.setattr(ddm.tars, "scan_tar", flaky)
     settings = SimpleNamespace(condition="class", classes=20)
     assert [c for _, _, c, _ in usable(two[0], lambda image: image, 8, settings, [])] == list(range(10)) and left == [0]
     left[0] = 99
@@ -717,8 +721,8 @@ def saved(tmp_path):
     """A model file of a few kilobytes, and what it says."""
     path = str(tmp_path / "model.safetensors")
     config = models.ModelConfig(**TINY_MODEL, condition="class", classes=3)
-    models.save(path, config, models.build(config).state_dict(), shard="0", steps=6)
-    return path, models.read_info(path)
+    artifacts.save(path, config, artifacts.build(config).state_dict(), shard="0", steps=6)
+    return path, artifacts.read_info(path)
 
 
 def claim(path, info, weights=None):
@@ -749,30 +753,30 @@ def test_mutated_safetensors_raise_value_errors_or_user_errors_alone(saved):
             with open(path, "wb") as f:
                 f.write(mutated(rng, whole[:8], pieces) + whole[8:] if i % 8 == 0 else whole[:8] + mutated(rng, whole[8:end], pieces)[:end - 8].ljust(end - 8) + whole[end:]
                         if i % 2 else mutated(rng, whole[:end], pieces) + whole[end:])
-            used += only(ValueError, models.read_info, path) and only(ValueError, models.load, path)
+            used += only(ValueError, artifacts.read_info, path) and only(ValueError, artifacts.load, path)
             only(UserError, cluster.read_metadata, path)
-            only(UserError, common.read_clusters, os.path.dirname(path))
+            only(UserError, ddm.run.read_clusters, os.path.dirname(path))
     assert used < 350
 
 
 def test_mutated_descriptions_of_a_model_raise_value_errors_alone(saved):
     """Every number of the description replaced by a hostile one, the weights as they were."""
     path, info = saved
-    weights = models.load(path)[0].state_dict()
+    weights = artifacts.load(path)[0].state_dict()
     hostile = [0, -1, -8, 7, 10**6, 10**9, 2**31, 2**63, 10**30, 1.5, 8.0, 1e300, math.nan, None, True, "8", "", [], [8], {}, "x" * 10000]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with within(60):
         for key in info["model"]:
             for value in hostile:
                 claim(path, info | {"model": info["model"] | {key: value}}, weights)
-                only(ValueError, models.read_info, path)
-                only(ValueError, models.load, path)
+                only(ValueError, artifacts.read_info, path)
+                only(ValueError, artifacts.load, path)
         for whole in ([], {}, None, 5, "x", {"model": None}, {"model": []}, {"model": {}}, {"model": {"evil": 1}}, {"model": info["model"] | {"evil": 1}}):
             claim(path, whole, weights)
-            assert not only(ValueError, models.read_info, path) and not only(ValueError, models.load, path)
+            assert not only(ValueError, artifacts.read_info, path) and not only(ValueError, artifacts.load, path)
         for text in ("", "{", "[" * 100_000, "9" * 5000, "NaN", '"\\ud800"'):
             claim(path, text, weights)
-            assert not only(ValueError, models.load, path)
+            assert not only(ValueError, artifacts.load, path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000       # KB
 
 
@@ -780,11 +784,11 @@ def test_mutated_descriptions_of_a_model_raise_value_errors_alone(saved):
                                      {"classes": 10**9}, {"length": 10**9, "condition": "text", "vocab": 10**9}, {"clusters": 10**9}, {"channels": 10**9}], ids=str)
 def test_a_model_that_claims_to_be_huge_is_refused_at_once_and_without_memory(saved, claimed):
     path, info = saved
-    weights = models.load(path)[0].state_dict()
+    weights = artifacts.load(path)[0].state_dict()
     claim(path, info | {"model": info["model"] | claimed}, weights)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with within(3):
-        for function in (models.read_info, models.load):
+        for function in (artifacts.read_info, artifacts.load):
             with pytest.raises(ValueError, match="is not a model of this project"):
                 function(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
@@ -796,8 +800,8 @@ def test_a_model_that_claims_to_be_huge_is_refused_at_once_and_without_memory(sa
 def test_files_that_are_no_safetensors_are_refused(tmp_path, content):
     path = tmp_path / "clusters.safetensors"
     path.write_bytes(content)
-    for error, function, place in ((ValueError, models.read_info, path), (ValueError, models.load, path), (UserError, cluster.read_metadata, path),
-                                   (UserError, common.read_clusters, tmp_path)):
+    for error, function, place in ((ValueError, artifacts.read_info, path), (ValueError, artifacts.load, path), (UserError, cluster.read_metadata, path),
+                                   (UserError, ddm.run.read_clusters, tmp_path)):
         with pytest.raises(error, match="clusters.safetensors"), within(5):
             function(str(place))
 
@@ -813,7 +817,7 @@ def test_mutated_configs_raise_user_errors_alone(tmp_path):
     with within(60):
         for _ in range(400):
             path.write_bytes(mutated(rng, TINY.encode(), pieces, values))
-            used += only(UserError, common.read_toml, path)
+            used += only(UserError, ddm.config.read_toml, path)
     assert used < 200
 
 
@@ -825,12 +829,12 @@ def test_hostile_values_of_each_kind_of_key_raise_user_errors_alone(tmp_path, va
                  f"[{value}]\nsize = 8", f"[data]\n{value} = 8", f"[train.router]\nlr = {value}", f"{value}" * 50, f"[data]\nsize = -{value}"):
         path.write_bytes(text.encode(errors="surrogateescape"))
         with within(10):
-            only(UserError, common.read_toml, path)
+            only(UserError, ddm.config.read_toml, path)
     path.unlink()
     with pytest.raises(UserError):
-        common.read_toml(path)
+        ddm.config.read_toml(path)
     with pytest.raises(UserError):
-        common.read_toml(tmp_path)      # a folder
+        ddm.config.read_toml(tmp_path)      # a folder
 
 
 MANIFEST = {"fingerprint": "abc", "shard": "0", "tars": {f"{i:05d}.tar": {"samples": 10, "bytes": 20480, "sha256": "0" * 64, "source": "1" * 64} for i in range(2)}}
@@ -838,7 +842,7 @@ MANIFEST = {"fingerprint": "abc", "shard": "0", "tars": {f"{i:05d}.tar": {"sampl
 
 def use(folder):
     """A manifest that is read has what others take from it."""
-    manifest = common.read_manifest(folder)
+    manifest = ddm.run.read_manifest(folder)
     for entry in manifest["tars"].values():
         assert all(isinstance(entry[key], (int, float)) for key in ("samples", "bytes")) and len(entry["sha256"]) >= 0
     return manifest["fingerprint"]
@@ -863,12 +867,12 @@ def test_mutated_manifests_raise_user_errors_alone(tmp_path):
 def test_a_manifest_that_is_none_is_a_user_error(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(UserError, match="manifest.json"):
-        common.read_manifest(tmp_path)
+        ddm.run.read_manifest(tmp_path)
 
 
 def test_a_manifest_as_stage_1_writes_it_is_read(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
-    assert common.read_manifest(tmp_path) == MANIFEST
+    assert ddm.run.read_manifest(tmp_path) == MANIFEST
 
 
 # ---- nothing is executed ------------------------------------------------------------------------------------------
@@ -878,7 +882,7 @@ def test_no_reader_unpickles_evaluates_or_extracts_what_it_reads():
     forbidden = re.compile(r"pickle\.load|\bimport pickle|torch\.load\(|allow_pickle\s*=\s*True|(?<![\w.])(?:eval|exec)\(|extractall|\.extract\(|marshal|shelve|"
                            r"yaml\.load|trust_remote_code\s*=\s*True|shell\s*=\s*True|os\.system|weights_only\s*=\s*False")
     scripts = sorted(name for name in os.listdir(ROOT) if name.endswith(".py"))
-    assert {"data.py", "model.py", "common.py", "cluster.py", "engine.py", "sample.py"} <= set(scripts)
+    assert {"data.py", "model.py", "cluster.py", "sample.py"} <= set(scripts)
     for name in scripts:
         with open(os.path.join(ROOT, name)) as f:
             found = [f"{name}:{n}: {line.strip()}" for n, line in enumerate(f, 1) if forbidden.search(line)]

@@ -42,10 +42,10 @@ def test_what_img2dataset_writes_is_what_we_read(tars, config, tmp_path):
     before = sorted(os.listdir(tmp_path / "out"))
 
     run = tmp_path / "run"
-    assert "144 images in 4 tars" in command("cluster.py", "--data", tmp_path / "out" / "*.tar", "--run", run, "--config", config).stdout
+    assert "144 images in 4 tars" in command("cluster.py", "--data", tmp_path / "out" / "*.tar", "--run-dir", run, "--config", config).stdout
     assert sorted(os.listdir(tmp_path / "out")) == before       # its resume trips over files that are not its own
     parts = {name: payload for k in range(3) for name, payload in members(run / "shards" / str(k)).items()}
     assert parts == members(tmp_path / "out") and sum(name.endswith(".json") for name in parts) == 144
-    command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 4)
-    command("train_router.py", "--run", run, "--train.steps", 4)
-    command("sample.py", "--run", run, "--prompt", "a red circle", "--out", tmp_path / "x.png")
+    command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 4)
+    command("train_router.py", "--run-dir", run, "--train.steps", 4)
+    command("sample.py", "--run-dir", run, "--prompt", "a red circle", "--out", tmp_path / "x.png")

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from ddm import metrics
 
-import metrics
 
 
 def gaussian(dim, rank, seed):

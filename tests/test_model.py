@@ -11,7 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
 from data import SHAPE_COLOURS, SHAPES
-from model import DiT, MMDiT, ModelConfig, Router
+from model import DiT, ModelConfig, Router
+from ddm.mmdit import MMDiT
+from ddm import artifacts, mmdit, plan
+import ddm.text
 
 
 def small(kind=DiT, **changes):
@@ -47,9 +50,9 @@ def test_presets_have_the_published_parameter_counts(name, millions):
 
 def test_mmdit_3b_has_2_99_billion_weights_in_its_blocks():
     with torch.device("meta"):
-        model = models.build(ModelConfig(32, 4, condition="text", text_dim=2048, length=128, **models.PRESETS["MMDiT-3B/2"]))
+        model = artifacts.build(ModelConfig(32, 4, condition="text", text_dim=2048, length=128, **models.PRESETS["MMDiT-3B/2"]))
     count = lambda module: sum(p.numel() for p in module.parameters()) / 1e9
-    assert type(model) is MMDiT and [type(b) for b in model.blocks] == 8 * [models.DoubleBlock] + 22 * [models.SingleBlock]
+    assert type(model) is MMDiT and [type(b) for b in model.blocks] == 8 * [mmdit.DoubleBlock] + 22 * [mmdit.SingleBlock]
     assert round(count(model.blocks), 2) == 2.99 and count(model) < 1.02 * 2.99
 
 
@@ -70,7 +73,7 @@ def counted(model, extra, backward=False):
 @pytest.mark.parametrize("kind, extra", KINDS)
 def test_flops_formula_agrees_with_torch_s_counter(kind, extra):
     model = small(kind, **extra)
-    assert model.flops() == models.flops(model.config) == counted(model, extra)
+    assert model.flops() == plan.flops(model.config) == counted(model, extra)
 
 
 @pytest.mark.parametrize("kind, extra", KINDS)
@@ -111,26 +114,26 @@ def test_each_pixel_of_the_output_belongs_to_the_same_place_of_the_input():
 
 
 def test_words_hash_alike_everywhere_and_the_empty_caption_is_no_condition():
-    a = models.hash_words("A red, RED circle!", 6, 1000)
-    assert a.tolist() == models.hash_words("a red red circle", 6, 1000).tolist() and a[1] == a[2] and a[4:].tolist() == [0, 0]
+    a = ddm.text.hash_words("A red, RED circle!", 6, 1000)
+    assert a.tolist() == ddm.text.hash_words("a red red circle", 6, 1000).tolist() and a[1] == a[2] and a[4:].tolist() == [0, 0]
     assert a[0].item() == 0xe8b7be43 % 999 + 1      # CRC-32 of "a"
-    assert not models.hash_words("", 6, 1000).any()
-    assert len(models.hash_words("w " * 50, 6, 1000)) == 6
+    assert not ddm.text.hash_words("", 6, 1000).any()
+    assert len(ddm.text.hash_words("w " * 50, 6, 1000)) == 6
 
 
 def test_words_of_plain_captions_are_those_of_a_regular_expression():
     captions = [f"a {colour} {shape}" for colour in SHAPE_COLOURS for shape in SHAPES]
     for text in (*captions, "Don't: 2x_3, it's \"here\"!\tand\r\nthere  (50% + $5 ~ #1)", "..."):
-        assert models.words(text) == re.findall(r"\w+", text.lower())
-    assert models.hash_words("a red circle", 4, 1000).tolist() == [zlib.crc32(w) % 999 + 1 for w in (b"a", b"red", b"circle")] + [0]
+        assert ddm.text.words(text) == re.findall(r"\w+", text.lower())
+    assert ddm.text.hash_words("a red circle", 4, 1000).tolist() == [zlib.crc32(w) % 999 + 1 for w in (b"a", b"red", b"circle")] + [0]
 
 
 @pytest.mark.parametrize("text", ["un café à la crème", "Łódź", "Ångström", "क़लम", "한국어", "ΜΈΛΙ", "ἄνθρωπος", "İstanbul", "ở đâu"])
 def test_composed_and_decomposed_text_has_the_same_words(text):
     composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
-    assert models.normalise_text(composed) == models.normalise_text(decomposed)
-    assert models.words(composed) == models.words(decomposed) and len(models.words(text)) == len(text.split())
-    assert torch.equal(models.hash_words(composed, 8, 2 ** 20), models.hash_words(decomposed, 8, 2 ** 20))
+    assert ddm.text.normalise_text(composed) == ddm.text.normalise_text(decomposed)
+    assert ddm.text.words(composed) == ddm.text.words(decomposed) and len(ddm.text.words(text)) == len(text.split())
+    assert torch.equal(ddm.text.hash_words(composed, 8, 2 ** 20), ddm.text.hash_words(decomposed, 8, 2 ** 20))
 
 
 @pytest.mark.parametrize("text, found", [
@@ -140,14 +143,14 @@ def test_composed_and_decomposed_text_has_the_same_words(text):
     ("🇫🇷🇩🇪", ["🇫🇷", "🇩🇪"]), ("❤\ufe0f ❤", ["❤", "❤"]), ("❤\ufe0f\u200d🔥", ["❤\u200d🔥"]), ("1\ufe0f\u20e3 #\ufe0f\u20e3", ["1\u20e3", "#\u20e3"]),
     ("20°C, 5 €", ["20", "°", "c", "5", "€"]), ("\ufe0f \u0020\ufe0f", []), ("…—¡!", []), ("soft\u00adhyphen\u200bspace", ["softhyphen", "space"])])
 def test_words_keep_their_marks_and_an_emoji_is_one(text, found):
-    assert models.words(text) == found
-    assert models.hash_words(text, 8, 1000).count_nonzero() == len(found)
+    assert ddm.text.words(text) == found
+    assert ddm.text.hash_words(text, 8, 1000).count_nonzero() == len(found)
 
 
 def test_normalised_text_is_one_line_without_what_nobody_sees():
-    assert models.normalise_text("\ufeff a\r\nred\u2028\tcir\u00adcle\x00\x1b \u00a0 now\u3000") == "a red circle now"
-    assert models.normalise_text(" \n\u200b\u200e") == ""
-    assert models.normalise_text("👩\u200d🚀 می\u200cخواهم") == "👩\u200d🚀 می\u200cخواهم"
+    assert ddm.text.normalise_text("\ufeff a\r\nred\u2028\tcir\u00adcle\x00\x1b \u00a0 now\u3000") == "a red circle now"
+    assert ddm.text.normalise_text(" \n\u200b\u200e") == ""
+    assert ddm.text.normalise_text("👩\u200d🚀 می\u200cخواهم") == "👩\u200d🚀 می\u200cخواهم"
 
 
 def test_padding_does_not_change_the_answer_and_words_and_their_order_do():
@@ -201,10 +204,10 @@ def test_mmdit_ignores_padding_and_minds_text_time_and_the_order_of_patches():
 
 
 def test_rotary_positions_make_attention_depend_on_distance_alone():
-    angle = models.rotary_2d(8, 5)
+    angle = mmdit.rotary_2d(8, 5)
     torch.manual_seed(0)
     q, k = torch.randn(2, 8)
-    score = lambda a, b: (models.rotate(q.view(1, 1, 1, 8), angle[a:a + 1]) * models.rotate(k.view(1, 1, 1, 8), angle[b:b + 1])).sum()
+    score = lambda a, b: (mmdit.rotate(q.view(1, 1, 1, 8), angle[a:a + 1]) * mmdit.rotate(k.view(1, 1, 1, 8), angle[b:b + 1])).sum()
     torch.testing.assert_close(score(0, 7), score(6, 13))       # one row down, two columns to the right
     assert (score(0, 7) - score(0, 11)).abs() > 1e-3            # two down, one to the right
     assert angle[12].abs().max() == 0                           # the centre
@@ -221,8 +224,8 @@ def test_time_and_condition_matter_to_router_and_denoiser():
 @pytest.mark.parametrize("kind, extra", [(DiT, TEXT), (MMDiT, DOUBLE | TEXT), (Router, CLASS | {"clusters": 4})])
 def test_a_file_rebuilds_its_model_with_nothing_else(kind, extra, tmp_path):
     model = shaken(small(kind, **extra))
-    models.save(tmp_path / "m.safetensors", model.config, model.state_dict(), objective="x0", step=7)
-    again, info = models.load(tmp_path / "m.safetensors")
+    artifacts.save(tmp_path / "m.safetensors", model.config, model.state_dict(), objective="x0", step=7)
+    again, info = artifacts.load(tmp_path / "m.safetensors")
     assert type(again) is kind and again.config == model.config and info["objective"] == "x0" and info["step"] == 7
     x, t, c = torch.randn(2, 3, 8, 8), torch.rand(2), torch.ones((2, 5) if "vocab" in extra else 2, dtype=torch.int64)
     assert torch.equal(again(x, t, c), model(x, t, c))
@@ -232,7 +235,7 @@ def test_equal_models_give_equal_files(tmp_path):
     model = small(**TEXT)
     digests = set()
     for i in range(4):
-        models.save(tmp_path / "m", model.config, model.state_dict(), b=1, a={"z": 1, "y": 2})
+        artifacts.save(tmp_path / "m", model.config, model.state_dict(), b=1, a={"z": 1, "y": 2})
         digests.add(hashlib.sha256((tmp_path / "m").read_bytes()).hexdigest())
     assert len(digests) == 1
 
@@ -258,8 +261,8 @@ def test_a_router_s_head_is_fp32_whatever_the_rest_is(tmp_path):
         features = router.trunk(x.to(router.cls_token.dtype), t, c, router.cls_token)[:, 0].double()
         return (features @ model.head.weight.double().T + model.head.bias.double()).softmax(1).float()
 
-    models.save(tmp_path / "router.safetensors", model.config, model.state_dict())
-    half = models.load(tmp_path / "router.safetensors", dtype=torch.bfloat16)[0]
+    artifacts.save(tmp_path / "router.safetensors", model.config, model.state_dict())
+    half = artifacts.load(tmp_path / "router.safetensors", dtype=torch.bfloat16)[0]
     assert {p.dtype for name, p in half.named_parameters()} == {torch.bfloat16, torch.float32} and half.head.weight.dtype == torch.float32
     with torch.no_grad():
         for router, autocast in ((model, True), (half, False)):
@@ -273,10 +276,10 @@ def test_a_router_s_head_is_fp32_whatever_the_rest_is(tmp_path):
 
 def test_bf16_export_is_half_as_large_and_loads_as_fp32(tmp_path):
     model = shaken(small())
-    models.save(tmp_path / "32", model.config, model.state_dict())
-    models.save(tmp_path / "16", model.config, model.state_dict(), torch.bfloat16)
+    artifacts.save(tmp_path / "32", model.config, model.state_dict())
+    artifacts.save(tmp_path / "16", model.config, model.state_dict(), torch.bfloat16)
     assert (tmp_path / "16").stat().st_size < 0.6 * (tmp_path / "32").stat().st_size
-    again = models.load(tmp_path / "16")[0]
+    again = artifacts.load(tmp_path / "16")[0]
     assert all(p.dtype is torch.float32 for p in again.parameters())
     torch.testing.assert_close(again.head.weight, model.head.weight, rtol=1e-2, atol=1e-2)
 
@@ -285,7 +288,7 @@ def test_bf16_export_is_half_as_large_and_loads_as_fp32(tmp_path):
 def test_a_file_that_is_no_model_is_refused(content, tmp_path):
     (tmp_path / "bad").write_bytes(content)
     with pytest.raises(ValueError, match="bad is not a model"):
-        models.load(tmp_path / "bad")
+        artifacts.load(tmp_path / "bad")
 
 
 def test_a_size_that_the_patch_does_not_divide_is_refused():

@@ -12,10 +12,13 @@ from conftest import command, copy, inside
 from safetensors.numpy import load_file
 
 import cluster
-import common
 import data
-from common import UserError
-from data import TarDataset, TarWriter, scan_tar
+from ddm.errors import UserError
+from data import TarDataset
+from ddm.tars import TarWriter, scan_tar
+import ddm.config
+import ddm.run
+import ddm.tars
 
 SHARDS = ("0", "1", "2", "router")
 
@@ -29,7 +32,7 @@ def manifest(run, shard):
 
 
 def refused(run, *flags):
-    done = inside("train_expert.py", "--run", run, "--shard", 0, "--device", "cpu", *flags)
+    done = inside("train_expert.py", "--run-dir", run, "--shard", 0, "--device", "cpu", *flags)
     assert done.returncode == 2 and os.listdir(run / "checkpoints" / "expert-0") == ["status"], done.stderr
     assert (run / "checkpoints" / "expert-0" / "status").read_text() == "failed 0\n"
     return done.stderr.splitlines()[-1]
@@ -38,14 +41,14 @@ def refused(run, *flags):
 @pytest.fixture
 def more(tmp_path):
     folder = tmp_path / "more"
-    command("data.py", "--out", folder, "--images", 60, "--size", 8, "--seed", 9, "--per-tar", 40)
+    command("tools/shapes.py", "--out", folder, "--images", 60, "--size", 8, "--seed", 9, "--per-tar", 40)
     for path in folder.glob("*.tar"):
         path.rename(folder / f"more-{path.name}")
     return folder
 
 
 def test_a_manifest_says_what_a_shard_holds(clustered):
-    clusters = common.read_clusters(clustered)
+    clusters = ddm.run.read_clusters(clustered)
     for shard in SHARDS:
         said = manifest(clustered, shard)
         assert said["fingerprint"] == clusters["fingerprint"] and said["shard"] == shard
@@ -61,7 +64,7 @@ def test_a_partition_that_was_interrupted_gets_the_manifest_of_an_undisturbed_on
     for path in run.glob("shards/*/manifest.json"):
         path.unlink()
     (run / "shards" / "1" / "00001.tar").unlink()
-    command("cluster.py", "--data", tars / "*.tar", "--run", run)
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run)
     assert all(manifest(run, shard) == manifest(clustered, shard) for shard in SHARDS) and contents(run) == contents(clustered)
 
 
@@ -92,31 +95,31 @@ def test_verify_finds_a_single_flipped_bit(clustered, tmp_path):
     damaged[len(damaged) // 2] ^= 1
     tar.write_bytes(damaged)
     assert tar.name in refused(run, "--verify") and "SHA-256" in refused(run, "--verify")
-    command("train_expert.py", "--run", run, "--shard", 1, "--verify", "--train.steps", 1)
+    command("train_expert.py", "--run-dir", run, "--shard", 1, "--verify", "--train.steps", 1)
 
 
 def test_appended_tars_join_the_clusters_of_the_frozen_centroids_and_touch_no_shard(clustered, tars, more, tmp_path):
     run = copy(clustered, tmp_path)
     before, centroids = contents(run), load_file(run / "clusters.safetensors")
-    command("cluster.py", "--data", more / "*.tar", "--run", run, "--append", ranks=2)
+    command("cluster.py", "--data", more / "*.tar", "--run-dir", run, "--append", ranks=2)
     after, clusters = contents(run), load_file(run / "clusters.safetensors")
     assert all(after[path] == content for path, content in before.items()) and len(after) == len(before) + 2 * len(SHARDS)
     assert clusters["counts"].sum() == 300 and all((clusters[k] == centroids[k]).all() for k in centroids if k != "counts")
-    assert common.read_clusters(run)["fingerprint"] == common.read_clusters(clustered)["fingerprint"]
+    assert ddm.run.read_clusters(run)["fingerprint"] == ddm.run.read_clusters(clustered)["fingerprint"]
     assert [sum(e["samples"] for e in manifest(run, shard)["tars"].values()) for shard in SHARDS] == [*clusters["counts"], 300]
     again = tmp_path / "again"      # a picture's cluster is the same whenever it comes: here all at once, assigned by the same centroids
     shutil.copytree(clustered, again)
-    assert inside("cluster.py", "--data", more / "*.tar", "--run", again, "--append", "--device", "cpu").returncode == 0
+    assert inside("cluster.py", "--data", more / "*.tar", "--run-dir", again, "--append", "--device", "cpu").returncode == 0
     assert contents(again) == after
-    done = inside("cluster.py", "--data", tars / "*.tar", more / "*.tar", "--run", run, "--append", "--device", "cpu")      # twice is once, with the old ones beside, too
+    done = inside("cluster.py", "--data", tars / "*.tar", more / "*.tar", "--run-dir", run, "--append", "--device", "cpu")      # twice is once, with the old ones beside, too
     assert done.returncode == 0 and contents(run) == after and (load_file(run / "clusters.safetensors")["counts"] == clusters["counts"]).all()
-    command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 1, "--verify")
+    command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 1, "--verify")
 
 
 def test_the_router_s_subset_keeps_its_share_of_what_is_appended(tars, config, more, tmp_path):
     run = tmp_path / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--cluster.router_images", 60)
-    command("cluster.py", "--data", more / "*.tar", "--run", run, "--append")
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--cluster.router_images", 60)
+    command("cluster.py", "--data", more / "*.tar", "--run-dir", run, "--append")
     router = TarDataset([str(path) for path in sorted((run / "shards" / "router").glob("*.tar"))], 8, "none", clusters=True)
     assert len(router) == 60 + 15
 
@@ -125,11 +128,11 @@ def test_an_append_that_does_not_fit_is_refused(clustered, tars, more, tmp_path)
     run = copy(clustered, tmp_path)
     before = contents(run)
     (more / "more-00000.tar").rename(more / "00000.tar")
-    done = inside("cluster.py", "--data", more / "*.tar", "--run", run, "--append")
+    done = inside("cluster.py", "--data", more / "*.tar", "--run-dir", run, "--append")
     assert done.returncode == 2 and "is named like a tar that the partition has" in done.stderr
-    done = inside("cluster.py", "--data", more / "*.tar", "--run", tmp_path / "none", "--append")
+    done = inside("cluster.py", "--data", more / "*.tar", "--run-dir", tmp_path / "none", "--append")
     assert done.returncode == 2 and "leave --append out" in done.stderr
-    done = inside("cluster.py", "--data", tars / "*.tar", more / "more*.tar", "--run", run)
+    done = inside("cluster.py", "--data", tars / "*.tar", more / "more*.tar", "--run-dir", run)
     assert done.returncode == 2 and "--append" in done.stderr
     assert contents(run) == before
 
@@ -148,13 +151,13 @@ def test_balance_caps_the_largest_share_at_the_least_added_distance():
 
 def test_a_balanced_run_holds_the_cap_and_needs_fine_assignment(tars, config, tmp_path):
     run = tmp_path / "run"
-    done = command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--cluster.assign", "fine", "--balance", "45%")
+    done = command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--cluster.assign", "fine", "--balance", "45%")
     counts = load_file(run / "clusters.safetensors")["counts"]
     assert counts.sum() == 240 and counts.max() <= 0.45 * 240 and "balance:" in done.stdout
     assert [sum(1 for path in (run / "shards" / str(k)).glob("*.tar") for _ in scan_tar(path)) for k in range(3)] == counts.tolist()
-    done = inside("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "other", "--config", config, "--balance", "0.45")
+    done = inside("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "other", "--config", config, "--balance", "0.45")
     assert done.returncode == 2 and "cluster.assign = fine" in done.stderr
-    done = inside("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "other", "--config", config, "--cluster.assign", "fine", "--balance", "0.2")
+    done = inside("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "other", "--config", config, "--cluster.assign", "fine", "--balance", "0.2")
     assert done.returncode == 2 and "between 1 / 3" in done.stderr
 
 
@@ -163,7 +166,7 @@ def test_samples_that_cannot_be_used_are_listed_and_too_many_of_them_stop_the_cl
         for i in range(30):
             tar.add(f"{i:03d}.png", b"no picture")
             tar.add(f"{i:03d}.txt", b"a caption")
-    flags = ["--data", tars / "*.tar", tmp_path / "bad.tar", "--run", tmp_path / "run", "--config", config]
+    flags = ["--data", tars / "*.tar", tmp_path / "bad.tar", "--run-dir", tmp_path / "run", "--config", config]
     done = inside("cluster.py", *flags, "--device", "cpu")
     assert done.returncode == 2 and "30 of 270 samples cannot be used" in done.stderr and not (tmp_path / "run" / "clusters.safetensors").exists()
     with open(tmp_path / "run" / "logs" / "cluster.skipped.csv", newline="") as f:
@@ -175,7 +178,7 @@ def test_samples_that_cannot_be_used_are_listed_and_too_many_of_them_stop_the_cl
 # ---- tars that change ---------------------------------------------------------------------------------------------
 
 def stage_1(patterns, run, config, *flags):
-    return inside("cluster.py", "--data", *patterns, "--run", run, "--config", config, "--device", "cpu", *flags)
+    return inside("cluster.py", "--data", *patterns, "--run-dir", run, "--config", config, "--device", "cpu", *flags)
 
 
 def pack(path, members):
@@ -229,7 +232,7 @@ def test_a_clustered_tar_that_has_changed_is_named(clustered, mine, config, tmp_
     before = contents(run)
     for flags in ((), ("--append",)):
         done = stage_1([mine / "*.tar"], run, config, *flags)
-        assert done.returncode == 2 and str(path) in done.stderr and "changed" in done.stderr and "--run" in done.stderr
+        assert done.returncode == 2 and str(path) in done.stderr and "changed" in done.stderr and "--run-dir" in done.stderr
     # without manifests, as an interrupted call leaves it, and without features, which may be deleted
     for manifest in run.glob("shards/*/manifest.json"):
         manifest.unlink()
@@ -251,7 +254,7 @@ def test_a_copy_of_the_data_is_the_same_data_and_read_once(clustered, mine, conf
 def test_what_a_failed_call_could_not_read_is_read_by_the_next(mine, config, tmp_path, monkeypatch):
     """The disk fails in the first call, and a picture's decoder is missing; the tars stay as they are."""
     run, real = tmp_path / "run", data.decode
-    monkeypatch.setattr(data, "decode", lambda payload, least=0: (_ for _ in ()).throw(data.BadSample("unreadable (OSError)")) if len(payload) % 2 else real(payload, least))
+    monkeypatch.setattr(data, "decode", lambda payload, least=0: (_ for _ in ()).throw(ddm.tars.BadSample("unreadable (OSError)")) if len(payload) % 2 else real(payload, least))
     done = stage_1([mine / "*.tar"], run, config)
     assert done.returncode == 2 and "unreadable (OSError)" in done.stderr and not (run / "config.toml").exists()
     monkeypatch.setattr(data, "decode", real)
@@ -273,12 +276,12 @@ def test_an_interrupted_append_of_a_tar_that_is_then_repaired_keeps_nothing_of_t
 
 def test_bytes_are_copied_only_where_the_header_names_their_key(clustered, mine, tmp_path):
     run, path = copy(clustered, tmp_path), mine / "00000.tar"
-    config = common.make_config(common.read_toml(run / "config.toml"))
+    config = ddm.config.make_config(ddm.config.read_toml(run / "config.toml"))
     clusters, folders = load_file(run / "clusters.safetensors"), [str(tmp_path / shard) for shard in SHARDS]
     file, members = run / "features" / "00000.safetensors", unpack(path)
     pack(path, members[2:4] + members[:2] + members[4:])
     about = cluster.read_metadata(file)
-    cluster.write_features(str(file), about | {"source": vars(data.read_source(path))}, load_file(file))       # as if it were the same
+    cluster.write_features(str(file), about | {"source": vars(ddm.tars.read_source(path))}, load_file(file))       # as if it were the same
     with pytest.raises(UserError, match="at byte 0 is 000000001") as error:
         cluster.partition(str(path), "00000", folders, [{"tars": {}}] * 4, str(file), clusters, np.arange(2), config)
     assert str(path) in str(error.value) and not list(tmp_path.glob("[0-2r]*/*.tar"))
@@ -291,7 +294,7 @@ def test_what_is_left_out_is_counted_in_the_line_of_images(mine, config, tmp_pat
     (mine / "00001.tar").rename(mine / "00001.tar.gz")
     (mine / "00002.tar").write_bytes((mine / "00002.tar").read_bytes()[:-700])
     for _ in range(2):      # the second call says it again
-        done = stage_1([mine / "*"], tmp_path / "run", config, "--cluster.fine", 3)
+        done = stage_1([mine / "*"], tmp_path / "run", config, "--cluster.fine_clusters", 3)
         assert done.returncode == 0, done.stderr
         line = done.stdout.splitlines()[1]
         for words in ("139 images in 2 tars", "1 .tar.gz", "gunzip", "000000000.png is taken, not .webp", "all but one: 100", "begin with a dot", ": 4", "cut off"):
@@ -311,6 +314,6 @@ def test_an_expert_can_be_replaced_by_another_of_the_same_clustering(trained, tm
     run = copy(trained, tmp_path)
     shutil.rmtree(run / "checkpoints" / "expert-1")
     os.remove(run / "experts" / "1.safetensors")
-    command("train_expert.py", "--run", run, "--shard", 1, "--train.seed", 7)
-    done = inside("sample.py", "--run", run, "--device", "cpu", "--prompt", "a red circle", "--require-all", "--out", tmp_path / "x.png")
+    command("train_expert.py", "--run-dir", run, "--shard", 1, "--train.seed", 7)
+    done = inside("sample.py", "--run-dir", run, "--device", "cpu", "--prompt", "a red circle", "--require-all", "--out", tmp_path / "x.png")
     assert done.returncode == 0, done.stderr

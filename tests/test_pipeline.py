@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import model as models
 from training import TIMING
+from ddm import artifacts
 
 
 def begin(*args, ranks=0):
@@ -82,7 +83,7 @@ def test_router_s_shard_is_all_of_a_small_set_with_each_sample_s_cluster(tars, c
 
 def test_router_s_subset_is_exactly_as_large_as_configured_and_in_the_data_s_proportions(tars, config, tmp_path):
     run = tmp_path / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--cluster.router_images", 120)
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--cluster.router_images", 120)
     labels = [int(p) for n, p in members(run / "shards" / "router").items() if n.endswith(".cluster")]
     counts = load_file(run / "clusters.safetensors")["counts"]
     assert len(labels) == 120 and counts.sum() == 240
@@ -111,7 +112,7 @@ def test_clusters_file_has_what_the_design_promises(clustered, tars):
 
 
 def test_partition_is_the_same_on_two_ranks(tars, config, clustered, tmp_path):
-    command("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, ranks=2)
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "run", "--config", config, ranks=2)
     assert tree(tmp_path / "run") == tree(clustered)
 
 
@@ -122,14 +123,14 @@ def test_interrupted_clustering_goes_on_and_ends_the_same(tars, config, clustere
     os.remove(run / "shards" / "1" / "00002.tar")
     os.remove(run / "clusters.png")
     kept = os.stat(run / "shards" / "1" / "00000.tar").st_mtime_ns
-    command("cluster.py", "--data", tars / "*.tar", "--run", run)
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run)
     assert tree(run) == tree(clustered) and os.stat(run / "shards" / "1" / "00000.tar").st_mtime_ns == kept
 
 
 @pytest.mark.parametrize("rule", ["fine", "random"])
 def test_other_rules_of_assignment(tars, config, clustered, tmp_path, rule):
     run = tmp_path / "run"
-    done = command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--cluster.assign", rule)
+    done = command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--cluster.assign", rule)
     tensors, old = load_file(run / "clusters.safetensors"), load_file(clustered / "clusters.safetensors")
     assert torch.equal(tensors["coarse_centroids"], old["coarse_centroids"])
     assert "fingerprint" in done.stdout
@@ -144,7 +145,7 @@ def test_other_rules_of_assignment(tars, config, clustered, tmp_path, rule):
 
 
 def test_unusable_samples_are_left_out_and_counted_by_cause(tars, config, tmp_path):
-    from data import TarWriter
+    from ddm.tars import TarWriter
     folder = tmp_path / "in"
     shutil.copytree(tars, folder)
     with TarWriter(str(folder / "bad.tar")) as tar:
@@ -154,26 +155,26 @@ def test_unusable_samples_are_left_out_and_counted_by_cause(tars, config, tmp_pa
         tar.add("c.png", members(tars)["000000000.png"])
     torn = (tars / "00000.tar").read_bytes()[:20 * 2048 + 700]
     (folder / "torn.tar").write_bytes(torn)
-    done = command("cluster.py", "--data", folder / "0*.tar", folder / "bad.tar", "--run", tmp_path / "run", "--config", config)
+    done = command("cluster.py", "--data", folder / "0*.tar", folder / "bad.tar", "--run-dir", tmp_path / "run", "--config", config)
     assert "240 images" in done.stdout
     assert "3 skipped" in done.stdout and "no caption: 1, no image: 1, undecodable" in done.stdout
     with open(tmp_path / "run" / "logs" / "cluster.skipped.csv", newline="") as f:
         assert [(row["tar"], row["sample"], row["cause"].split(" (")[0]) for row in csv.DictReader(f)] == [
             ("bad", "a", "undecodable"), ("bad", "b", "no image"), ("bad", "c", "no caption")]
-    done = command("cluster.py", "--data", folder / "t*.tar", "--run", tmp_path / "torn", "--config", config, check=False)
+    done = command("cluster.py", "--data", folder / "t*.tar", "--run-dir", tmp_path / "torn", "--config", config, check=False)
     assert "torn.tar" in done.stderr and "the 20 usable images" in done.stderr
 
 
 # ---- stages 2 and 3 -----------------------------------------------------------------------------------------------
 
 def test_training_writes_what_the_design_promises(trained):
-    _, info = models.load(trained / "experts" / "1.safetensors")
+    _, info = artifacts.load(trained / "experts" / "1.safetensors")
     assert info["shard"] == "1" and info["step"] == 6 and info["images"] == 6 * 8 and info["objective"] == "x0"
-    assert info["flops"] == 3 * models.load(trained / "experts" / "1.safetensors")[0].flops() * 48
-    assert models.read_info(trained / "experts" / "all.safetensors")["images"] == 6 * 24     # the monolith's batch is the ensemble's
-    router, _ = models.load(trained / "router.safetensors")
+    assert info["flops"] == 3 * artifacts.load(trained / "experts" / "1.safetensors")[0].flops() * 48
+    assert artifacts.read_info(trained / "experts" / "all.safetensors")["images"] == 6 * 24     # the monolith's batch is the ensemble's
+    router, _ = artifacts.load(trained / "router.safetensors")
     assert isinstance(router, models.Router) and router.config.clusters == 3
-    fingerprints = {models.read_info(p)["fingerprint"] for p in glob.glob(str(trained / "**" / "*.safetensors"), recursive=True)
+    fingerprints = {artifacts.read_info(p)["fingerprint"] for p in glob.glob(str(trained / "**" / "*.safetensors"), recursive=True)
                     if "experts" in p or "router.safe" in p}
     assert len(fingerprints) == 1
     for name in ("expert-0", "expert-all", "router"):
@@ -187,7 +188,7 @@ def test_training_writes_what_the_design_promises(trained):
 
 def test_finished_training_run_again_changes_nothing(trained, tmp_path):
     run = copy(trained, tmp_path)
-    done = command("train_expert.py", "--run", run, "--shard", 0)
+    done = command("train_expert.py", "--run-dir", run, "--shard", 0)
     assert "finished at step 6" in done.stdout
     assert same_tensors(run / "experts" / "0.safetensors", trained / "experts" / "0.safetensors") and rows(run, "expert-0") == rows(trained, "expert-0")
 
@@ -197,7 +198,7 @@ def test_killed_and_resumed_training_ends_in_the_same_bits(clustered, tmp_path, 
     """Also: the log has the rows of an undisturbed run, and SIGTERM finishes its step and saves."""
     flags = ["--shard", "0", "--train.save_every", "7", "--train.log_every", "2"]
     whole, broken = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
-    process = begin("train_expert.py", "--run", broken, *flags, "--train.steps", 100_000)
+    process = begin("train_expert.py", "--run-dir", broken, *flags, "--train.steps", 100_000)
     wait_for_rows(process, broken, "expert-0", 6)
     process.send_signal(how)
     out = process.communicate(timeout=300)[0]
@@ -206,8 +207,8 @@ def test_killed_and_resumed_training_ends_in_the_same_bits(clustered, tmp_path, 
     if how == signal.SIGTERM:
         assert process.returncode == 128 + signal.SIGTERM and f"stopped by a signal, saved at step {status.split()[-1]};" in out
     flags += ["--train.steps", int(rows(broken, "expert-0")[-1]["step"]) + 20]      # wherever it was
-    assert "resumed" in command("train_expert.py", "--run", broken, *flags).stdout
-    command("train_expert.py", "--run", whole, *flags)
+    assert "resumed" in command("train_expert.py", "--run-dir", broken, *flags).stdout
+    command("train_expert.py", "--run-dir", whole, *flags)
     assert same_tensors(whole / "experts" / "0.safetensors", broken / "experts" / "0.safetensors")
     assert rows(whole, "expert-0") == rows(broken, "expert-0")
     assert (whole / "experts" / "0.safetensors").read_bytes() == (broken / "experts" / "0.safetensors").read_bytes()
@@ -216,7 +217,7 @@ def test_killed_and_resumed_training_ends_in_the_same_bits(clustered, tmp_path, 
 def test_two_ranks_killed_between_saves_and_rows_go_on_to_the_same_bits(clustered, tmp_path):
     flags = ["--shard", "all", "--train.save_every", "7", "--train.log_every", "4"]
     whole, broken = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
-    process = begin("train_expert.py", "--run", broken, *flags, "--train.steps", 100_000, ranks=2)
+    process = begin("train_expert.py", "--run-dir", broken, *flags, "--train.steps", 100_000, ranks=2)
     wait_for_rows(process, broken, "expert-all", 3)
     for pid in filter(str.isdigit, os.listdir("/proc")):        # torchrun, its ranks and their decoding processes, at one blow
         with contextlib.suppress(OSError):
@@ -226,7 +227,7 @@ def test_two_ranks_killed_between_saves_and_rows_go_on_to_the_same_bits(clustere
     assert (broken / "checkpoints" / "expert-all" / "status").read_text().startswith("to be continued")
     flags += ["--train.steps", int(rows(broken, "expert-all")[-1]["step"]) + 20]
     for run in (whole, broken):
-        command("train_expert.py", "--run", run, *flags, ranks=2)
+        command("train_expert.py", "--run-dir", run, *flags, ranks=2)
     assert rows(whole, "expert-all") == rows(broken, "expert-all")
     assert (whole / "experts" / "all.safetensors").read_bytes() == (broken / "experts" / "all.safetensors").read_bytes()
 
@@ -236,14 +237,14 @@ def test_a_failure_ends_the_training_instead_of_hanging(clustered, tmp_path, ran
     """On the last rank alone, with decoding processes at work that ignore signals."""
     run = copy(clustered, tmp_path)
     script = tmp_path / "fails.py"
-    script.write_text("import os, sys; sys.path.insert(0, os.getcwd()); import flow, train_expert, common\n"
+    script.write_text("import os, sys; sys.path.insert(0, os.getcwd()); import flow, train_expert; from ddm import errors\n"
                       "loss = flow.expert_loss\n"
                       "def fail(*a):\n"
                       "    if os.environ.get('RANK', '1') == '1': raise RuntimeError('out of memory')\n"
                       "    return loss(*a)\n"
                       "flow.expert_loss = fail\n"
-                      "common.script(train_expert.main)\n")
-    done = command(script, "--run", run, "--shard", "all", "--data.workers", 2, ranks=ranks, check=False, real=True)     # or it runs into its time limit
+                      "errors.script(train_expert.main)\n")
+    done = command(script, "--run-dir", run, "--shard", "all", "--data.workers", 2, ranks=ranks, check=False, real=True)     # or it runs into its time limit
     assert done.returncode == 1 and "out of memory" in done.stderr
 
 
@@ -251,7 +252,7 @@ def test_weight_decay_and_learning_rate_may_change_on_a_resume_and_do(trained, t
     results = []
     for name, decay in (("a", 0), ("b", 50)):
         run = copy(trained, tmp_path / name)
-        command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 8, "--train.weight_decay", decay)
+        command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 8, "--train.weight_decay", decay)
         results.append(run / "experts" / "0.safetensors")
     assert not same_tensors(*results)
 
@@ -262,17 +263,17 @@ def test_an_export_that_is_gone_is_written_again(trained, tmp_path):
     for path, script in ((run / "experts" / "0.safetensors", ["train_expert.py", "--shard", 0]), (run / "router.safetensors", ["train_router.py"])):
         before = path.read_bytes()
         os.remove(path)
-        command(*script, "--run", run)
+        command(*script, "--run-dir", run)
         assert path.read_bytes() == before
 
 
 def test_one_cluster_is_one_expert_and_the_monolith(tars, config, tmp_path):
     """Also: bf16 training and export, runs of consecutive samples, random crops."""
     run = tmp_path / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--experts", 1, "--data.run", 8, "--data.crop", "random")
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--experts", 1, "--data.shuffle_block", 8, "--data.crop", "random")
     for shard in (0, "all"):
-        command("train_expert.py", "--run", run, "--shard", shard, "--train.precision", "bf16", "--train.export", "bf16")
-    command("train_router.py", "--run", run, "--train.steps", 2)
+        command("train_expert.py", "--run-dir", run, "--shard", shard, "--train.precision", "bf16", "--train.export", "bf16")
+    command("train_router.py", "--run-dir", run, "--train.steps", 2)
     assert same_tensors(run / "experts" / "0.safetensors", run / "experts" / "all.safetensors")
     assert {t.dtype for t in load_file(run / "experts" / "0.safetensors").values()} == {torch.bfloat16}
     for name, flags in (("full", ["--strategy", "full"]), ("once", ["--strategy", "once"]), ("all", ["--monolith"])):
@@ -286,7 +287,7 @@ def test_a_checkpoint_cut_short_is_not_chosen(trained, tmp_path):
     folder = run / "checkpoints" / "expert-0"
     os.rename(folder / "step-00000006", folder / "step-00000006.tmp")      # as it looks while it is written
     (folder / "step-00000005.tmp").mkdir()
-    assert "resumed at step 4" in command("train_expert.py", "--run", run, "--shard", 0).stdout
+    assert "resumed at step 4" in command("train_expert.py", "--run-dir", run, "--shard", 0).stdout
     assert sorted(os.listdir(folder)) == ["status", "step-00000004", "step-00000006"]      # what was left over is gone
     assert same_tensors(run / "experts" / "0.safetensors", trained / "experts" / "0.safetensors")
 
@@ -294,7 +295,7 @@ def test_a_checkpoint_cut_short_is_not_chosen(trained, tmp_path):
 @pytest.mark.parametrize("script, name", [(["train_expert.py", "--shard", "all"], "expert-all"), (["train_router.py"], "router")])
 def test_two_ranks_and_micro_batches_give_the_curve_of_one_process(clustered, trained, tmp_path, script, name):
     run = copy(clustered, tmp_path)
-    command(*script, "--run", run, "--train.micro_batch", 5, ranks=2)
+    command(*script, "--run-dir", run, "--train.micro_batch", 5, ranks=2)
     for one, two in zip(rows(trained, name), rows(run, name), strict=True):
         for column in one:
             # AdamW's first steps are little more than the gradient's signs: rounding shows in its norm before it shows in the loss
@@ -304,8 +305,8 @@ def test_two_ranks_and_micro_batches_give_the_curve_of_one_process(clustered, tr
 
 def test_a_run_saved_on_two_ranks_goes_on_on_one(clustered, trained, tmp_path):
     run = copy(clustered, tmp_path)
-    command("train_expert.py", "--shard", "all", "--run", run, "--train.steps", 3, "--train.save_every", 3, ranks=2)
-    done = command("train_expert.py", "--shard", "all", "--run", run)
+    command("train_expert.py", "--shard", "all", "--run-dir", run, "--train.steps", 3, "--train.save_every", 3, ranks=2)
+    done = command("train_expert.py", "--shard", "all", "--run-dir", run)
     assert "resumed at step 3" in done.stdout
     one, two = rows(trained, "expert-all"), rows(run, "expert-all")
     assert float(one[-1]["loss"]) == pytest.approx(float(two[-1]["loss"]), rel=2e-4)
@@ -317,7 +318,7 @@ def test_an_expert_needs_its_own_folder_alone_and_no_network(clustered, trained,
         shutil.rmtree(run / "shards" / other)
     shutil.rmtree(run / "features")
     unshare = ["unshare", "-rn"] if works("unshare", "-rn", "true") else []
-    done = subprocess.run([*unshare, *command_line("train_expert.py", "--run", run, "--shard", 2)], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([*unshare, *command_line("train_expert.py", "--run-dir", run, "--shard", 2)], cwd=ROOT, capture_output=True, text=True,
                           env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert (run / "experts" / "2.safetensors").read_bytes() == (trained / "experts" / "2.safetensors").read_bytes()
@@ -325,8 +326,8 @@ def test_an_expert_needs_its_own_folder_alone_and_no_network(clustered, trained,
 
 def test_training_learns(clustered, tmp_path):
     run = copy(clustered, tmp_path)
-    command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 150, "--train.log_every", 25, "--data.workers", 0)
-    command("train_router.py", "--run", run, "--train.steps", 150, "--train.log_every", 25, "--data.workers", 0)
+    command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 150, "--train.log_every", 25, "--data.workers", 0)
+    command("train_router.py", "--run-dir", run, "--train.steps", 150, "--train.log_every", 25, "--data.workers", 0)
     expert, router = rows(run, "expert-0"), rows(run, "router")
     assert float(expert[-1]["loss"]) < 0.5 * float(expert[0]["loss"])
     assert float(router[-1]["acc_t0"]) > 0.8 and float(router[-1]["acc_t0"]) > float(router[-1]["acc_t4"]) - 0.05
@@ -334,7 +335,7 @@ def test_training_learns(clustered, tmp_path):
 
 def test_router_s_default_length_is_4_percent_of_the_training_flops(clustered, tmp_path):
     run = copy(clustered, tmp_path)
-    done = command("train_router.py", "--run", run, "--train.router.steps", 0)
+    done = command("train_router.py", "--run-dir", run, "--train.router.steps", 0)
     expert = models.DiT(models.ModelConfig(8, 3, 32, 1, 2, 2, "text", vocab=64, length=4)).flops() * 6 * 24
     router = models.Router(models.ModelConfig(8, 3, 32, 1, 2, 2, "text", vocab=64, length=4, clusters=3)).flops() * 24
     steps = int(rows(run, "router")[-1]["step"])
@@ -351,31 +352,31 @@ def test_too_many_unreadable_samples_stop_the_training(clustered, tmp_path):
         for offset in pictures[::2]:
             data[offset:offset + 8] = bytes(8)
         open(path, "wb").write(data)
-    done = command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 20, check=False)
+    done = command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 20, check=False)
     assert done.returncode == 2 and "data.max_bad = 0.01" in done.stderr.splitlines()[-1]
-    done = command("train_expert.py", "--run", run, "--shard", 0, "--data.max_bad", 0.9)
+    done = command("train_expert.py", "--run-dir", run, "--shard", 0, "--data.max_bad", 0.9)
     assert int(rows(run, "expert-0")[-1]["bad"]) > 5 and "undecodable" in done.stderr
 
 
 # ---- all stages, other conditions -----------------------------------------------------------------------------------
 
 def test_a_class_conditional_run_and_an_unconditional_one_work_end_to_end(tars, config, tmp_path):
-    from data import TarWriter
+    from ddm.tars import TarWriter
     with TarWriter(str(tmp_path / "classes.tar")) as tar:
         for i, (name, payload) in enumerate(sorted((n, p) for n, p in members(tars).items() if n.endswith(".png"))):
             tar.add(name, payload)
             tar.add(name[:-3] + "cls", str(i % 7).encode())
     for condition, flags in (("class", ["--class", 0, "--class", 6]), ("none", [])):
         run = tmp_path / condition
-        command("cluster.py", "--data", tmp_path / "classes.tar", "--run", run, "--config", config, "--experts", 2,
+        command("cluster.py", "--data", tmp_path / "classes.tar", "--run-dir", run, "--config", config, "--experts", 2,
                 "--data.condition", condition, "--data.classes", 7)
-        command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 2)
+        command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 2)
         give(run, 0, 1)
-        command("train_router.py", "--run", run, "--train.steps", 2)
+        command("train_router.py", "--run-dir", run, "--train.steps", 2)
         n = 2 if flags else 11
-        command("sample.py", "--run", run, *flags, "--n", n, "--steps", 2, "--out", run / "out")
+        command("sample.py", "--run-dir", run, *flags, "--num-images", n, "--steps", 2, "--out", run / "out")
         assert len(pictures(run / "out")) == (4 if flags else 11)
-    done = inside("sample.py", "--run", tmp_path / "none", "--cfg", 2)
+    done = inside("sample.py", "--run-dir", tmp_path / "none", "--cfg", 2)
     assert done.returncode == 2 and "condition = none: --sample.cfg does nothing" in done.stderr
-    done = command("sample.py", "--run", tmp_path / "class", "--class", 7, check=False)
+    done = command("sample.py", "--run-dir", tmp_path / "class", "--class", 7, check=False)
     assert done.returncode == 2 and "--class 7 is not one of 0..6" in done.stderr

@@ -21,22 +21,23 @@ from conftest import HUB, clip_tokenizer, command, vae
 from PIL import Image
 from test_mistakes import refused
 
-import common
 import data
-import ensemble
 import flow
 import model as models
-import networks as nets
-import pretrained
 import training
 from data import draw_shape
+from ddm import artifacts, codec, encoders, ensemble, errors
+import ddm.config
+import ddm.process
+import ddm.run
+import ddm.tars
 
 CPU = torch.device("cpu")
 
 
 def settings(**values):
     """A config with these keys: `features__name` is features.name."""
-    return common.make_config({key.replace("__", "."): value for key, value in values.items()})
+    return ddm.config.make_config({key.replace("__", "."): value for key, value in values.items()})
 
 
 @pytest.fixture(scope="module")
@@ -54,39 +55,39 @@ def test_dinov2_features_are_pooled_as_the_config_says_and_of_length_one(network
         tokens = network(x).last_hidden_state
     assert tokens.shape[1] == 1 + 16 * 16       # patches of 14
     for pool, wanted in (("cls", tokens[:, 0]), ("cls+mean", torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))):
-        prepare, features, info = nets.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__batch=2).features, CPU)
+        prepare, features, info = encoders.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__batch=2).features, CPU)
         found = torch.from_numpy(features([prepare(image) for image in images]))
         torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
         assert features([]).shape == (0, found.shape[1]) and pool in info["preprocessing"] and "224" in info["preprocessing"]
-        half = nets.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__precision="bf16").features, CPU)[1]
+        half = encoders.image_features(settings(features__name=str(networks / "dinov2"), features__pool=pool, features__precision="bf16").features, CPU)[1]
         torch.testing.assert_close(torch.from_numpy(half([prepare(image) for image in images])), found, rtol=0.1, atol=0.02)
 
 
 @pytest.fixture
 def as_on_a_gpu():
-    """fp32 products in TF32, as common.start has them there."""
+    """fp32 products in TF32, as ddm.process.start has them there."""
     torch.set_float32_matmul_precision("high")
     yield
     torch.set_float32_matmul_precision("highest")
 
 
 def test_fp32_features_are_computed_without_tf32(networks, images, monkeypatch, as_on_a_gpu):
-    seen, plain = [], nets.load
+    seen, plain = [], encoders.load
 
     def load(*args):
         network = plain(*args)
         network.register_forward_pre_hook(lambda *_: seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)))
         return network
 
-    monkeypatch.setattr(nets, "load", load)
-    prepare, features, info = nets.image_features(settings(features__name=str(networks / "dinov2")).features, CPU)
+    monkeypatch.setattr(encoders, "load", load)
+    prepare, features, info = encoders.image_features(settings(features__name=str(networks / "dinov2")).features, CPU)
     features([prepare(image) for image in images])
     assert info["preprocessing"].endswith(" float32") and seen == [("highest", False)]
-    prepare, score, info = nets.clip_scorer(str(networks / "clip-image"), CPU)
+    prepare, score, info = encoders.clip_scorer(str(networks / "clip-image"), CPU)
     score([prepare(image) for image in images], ["a"] * 5)
     assert info["precision"] == "fp32" and seen[1:] == [("highest", False)]
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)        # as they were
-    with pytest.raises(ZeroDivisionError), nets.exact_products():
+    with pytest.raises(ZeroDivisionError), encoders.exact_products():
         1 / 0
     assert torch.get_float32_matmul_precision() == "high"
 
@@ -94,17 +95,17 @@ def test_fp32_features_are_computed_without_tf32(networks, images, monkeypatch, 
 @pytest.mark.parametrize("asked, device, ran", [("auto", "cpu", "fp32"), ("fp32", "cpu", "fp32"), ("bf16", "cpu", "bf16"), ("tf32", "cpu", "fp32"),
                                                 ("auto", "cuda", "bf16"), ("fp32", "cuda", "tf32"), ("bf16", "cuda", "bf16"), ("tf32", "cuda", "tf32")])
 def test_a_precision_is_named_by_what_runs(asked, device, ran):
-    assert nets.resolve(asked, torch.device(device)) == ran
+    assert encoders.resolve(asked, torch.device(device)) == ran
 
 
 def test_records_of_networks_say_the_precision_that_ran(latent_run):
     about = json.loads((latent_run / "latents" / "0" / "about.json").read_text())
-    expert = models.read_info(latent_run / "experts" / "0.safetensors")
+    expert = artifacts.read_info(latent_run / "experts" / "0.safetensors")
     assert [made[role]["precision"] for made in (about, expert) for role in ("autoencoder", "text")] == ["fp32"] * 4
-    meant = common.read_clusters(latent_run)["networks"]
+    meant = ddm.run.read_clusters(latent_run)["networks"]
     assert "precision" not in meant["autoencoder"] and "precision" not in meant["text"]      # each stage has its own
-    config = common.load_run(latent_run, {})
-    on_a_gpu = pretrained.Space(config, torch.device("cuda"), meant)       # which loads nothing yet
+    config = ddm.config.load_run(latent_run, {})
+    on_a_gpu = codec.Space(config, torch.device("cuda"), meant)       # which loads nothing yet
     assert [on_a_gpu.info[role]["precision"] for role in ("autoencoder", "text")] == ["tf32", "bf16"]
 
 
@@ -113,7 +114,7 @@ def test_the_patches_mean_leaves_registers_out(images, tmp_path):
     network = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, num_register_tokens=3)).eval()
     network.save_pretrained(tmp_path / "registers")
-    prepare, features, _ = nets.image_features(settings(features__name=str(tmp_path / "registers"), features__pool="cls+mean").features, CPU)
+    prepare, features, _ = encoders.image_features(settings(features__name=str(tmp_path / "registers"), features__pool="cls+mean").features, CPU)
     x = torch.from_numpy(prepare(images[0]).copy()).permute(2, 0, 1)[None] / 255
     x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.no_grad():
@@ -128,7 +129,7 @@ def test_clip_image_features_are_the_projected_embedding_under_clip_s_own_statis
     x = (x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     with torch.no_grad():
         wanted = network.visual_projection(network.vision_model(x).pooler_output)
-    prepare, features, _ = nets.image_features(settings(features__name=str(networks / "clip-image")).features, CPU)
+    prepare, features, _ = encoders.image_features(settings(features__name=str(networks / "clip-image")).features, CPU)
     found = torch.from_numpy(features([prepare(image) for image in images]))
     torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
 
@@ -138,14 +139,14 @@ def test_resnet_features_are_the_mean_over_the_picture_and_may_stay_as_they_are(
     network = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")).eval()
     network.save_pretrained(tmp_path / "resnet")
     config = settings(features__name=str(tmp_path / "resnet")).features
-    with pytest.raises(common.UserError, match="no preprocessor_config.json"):
-        nets.image_features(config, CPU)
+    with pytest.raises(errors.UserError, match="no preprocessor_config.json"):
+        encoders.image_features(config, CPU)
     (tmp_path / "resnet" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 32}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
     x = torch.stack([torch.from_numpy(data.square(image, 32).copy()) for image in images]).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         wanted = network((x - 0.5) / 0.25).last_hidden_state.mean((2, 3))
     for normalise, scale in ((False, 1), (True, wanted.norm(dim=1, keepdim=True))):
-        prepare, features, _ = nets.image_features(config, CPU, normalise)
+        prepare, features, _ = encoders.image_features(config, CPU, normalise)
         torch.testing.assert_close(torch.from_numpy(features([prepare(image) for image in images])), wanted / scale, rtol=1e-4, atol=1e-5)
 
 
@@ -158,7 +159,7 @@ def test_latents_are_standardised_by_the_autoencoder_s_own_config(networks, tmp_
                                   (per_channel, [1.0, 0.5, 0.25, 0.125], [1.0, 2.0, 3.0, 4.0])):
         network = vae(**options)
         network.save_pretrained(tmp_path / "vae")
-        found = nets.autoencoder(str(tmp_path / "vae"), CPU)
+        found = encoders.autoencoder(str(tmp_path / "vae"), CPU)
         mean, std = found.encode(x)
         scale, shift = (torch.tensor(v).view(-1, 1, 1) for v in (scale, shift))
         with torch.no_grad():
@@ -175,12 +176,12 @@ def test_a_config_that_leaves_the_scale_out_means_the_class_s_default(networks, 
     for key in ("scaling_factor", "shift_factor"):
         del about[key]
     (tmp_path / "vae" / "config.json").write_text(json.dumps(about))
-    info = nets.autoencoder(str(tmp_path / "vae"), CPU).info
+    info = encoders.autoencoder(str(tmp_path / "vae"), CPU).info
     assert (info["scale"], info["shift"]) == (0.18215, 0.0)
 
 
 def test_the_tiny_autoencoder_has_no_posterior(networks):
-    found, network = nets.autoencoder(str(networks / "tiny-vae"), CPU), diffusers.AutoencoderTiny.from_pretrained(networks / "tiny-vae").eval()
+    found, network = encoders.autoencoder(str(networks / "tiny-vae"), CPU), diffusers.AutoencoderTiny.from_pretrained(networks / "tiny-vae").eval()
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     mean, std = found.encode(x)
     assert std is None and found.info["factor"] == 2 and mean.shape == (2, 4, 4, 4)
@@ -191,11 +192,11 @@ def test_the_tiny_autoencoder_has_no_posterior(networks):
 
 @pytest.mark.parametrize("name", ["vae", "tiny-vae"])
 def test_decoding_is_bounded_in_batch_and_in_size(networks, monkeypatch, name):
-    monkeypatch.setattr(nets, "AT_ONCE", 3 * 64)
-    whole = nets.autoencoder(str(networks / name), CPU)
+    monkeypatch.setattr(encoders, "AT_ONCE", 3 * 64)
+    whole = encoders.autoencoder(str(networks / name), CPU)
     sizes = []
-    monkeypatch.setattr(nets, "TILE", 16)
-    tiled = nets.autoencoder(str(networks / name), CPU)
+    monkeypatch.setattr(encoders, "TILE", 16)
+    tiled = encoders.autoencoder(str(networks / name), CPU)
     kind = getattr(diffusers.models.autoencoders, {"vae": "autoencoder_kl", "tiny-vae": "autoencoder_tiny"}[name])
     decoder = kind.Decoder if name == "vae" else kind.DecoderTiny
     forward = decoder.forward
@@ -225,7 +226,7 @@ CAPTIONS = ["a red cross", "blue", "", "  ", "a yellow triangle"]
 
 
 def encoder(networks, *names, length=20, layer="last"):
-    return nets.text_encoder(settings(text__name=" + ".join(str(networks / n) for n in names), text__length=length, text__layer=layer).text, CPU)
+    return encoders.text_encoder(settings(text__name=" + ".join(str(networks / n) for n in names), text__length=length, text__layer=layer).text, CPU)
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-2", "clip-image", "t5", "bert", "bart"])
@@ -269,12 +270,12 @@ def test_long_captions_are_cut_with_one_warning(networks):
 
 
 def test_more_tokens_than_the_encoder_reads(networks):
-    with pytest.raises(common.UserError, match="text.length = 25, but .*clip' reads 24 tokens at most"):
+    with pytest.raises(errors.UserError, match="text.length = 25, but .*clip' reads 24 tokens at most"):
         encoder(networks, "clip", length=25)
 
 
 def test_the_empty_prompt_is_the_unconditional_branch(networks, latent_run):
-    network, _ = models.load(latent_run / "experts" / "0.safetensors")
+    network, _ = artifacts.load(latent_run / "experts" / "0.safetensors")
     c = encoder(networks, "clip", "clip-2", layer="penultimate").encode(["", "a red circle"])
     assert torch.equal(models.null_condition(network.config, c)[:1], c[:1])
     with torch.no_grad():
@@ -291,17 +292,17 @@ def test_the_empty_prompt_is_the_unconditional_branch(networks, latent_run):
 # ---- identity -----------------------------------------------------------------------------------------------------
 
 def test_a_network_is_its_weights_and_not_its_name_or_file(networks, tmp_path):
-    clip = nets.text_encoder(settings(text__name=str(networks / "clip"), text__length=20).text, CPU).info
+    clip = encoders.text_encoder(settings(text__name=str(networks / "clip"), text__length=20).text, CPU).info
     shutil.copytree(networks / "clip", tmp_path / "elsewhere")
-    moved = nets.text_encoder(settings(text__name=str(tmp_path / "elsewhere"), text__length=20).text, CPU).info
-    assert moved["name"] != clip["name"] and nets.identity(moved) == nets.identity(clip)
+    moved = encoders.text_encoder(settings(text__name=str(tmp_path / "elsewhere"), text__length=20).text, CPU).info
+    assert moved["name"] != clip["name"] and encoders.identity(moved) == encoders.identity(clip)
     network = transformers.CLIPTextModel.from_pretrained(networks / "clip")
-    mark = nets.digest(network)
+    mark = encoders.digest(network)
     renamed = torch.nn.ModuleDict({"other": network})
-    assert nets.digest(renamed) == mark == clip["weights"].split(":")[1]
+    assert encoders.digest(renamed) == mark == clip["weights"].split(":")[1]
     with torch.no_grad():
         network.final_layer_norm.weight[0] += 1e-3
-    assert nets.digest(network) != mark
+    assert encoders.digest(network) != mark
 
 
 # ---- the pipeline -------------------------------------------------------------------------------------------------
@@ -320,13 +321,13 @@ def members(folder):
 
 
 def test_captions_of_too_many_words_are_cut_with_a_warning(capsys):
-    space = pretrained.Space(settings(text__length=3, text__vocab=64))
+    space = codec.Space(settings(text__length=3, text__vocab=64))
     assert torch.equal(space.captions(["a red circle"])[0], space.captions(["a red circle in a box"])[0])
     assert "1 of 1 captions are longer than text.length = 3 words: cut" in capsys.readouterr().err
 
 
 def test_an_encoder_and_the_hash_see_normalised_captions(monkeypatch):
-    space = pretrained.Space(settings(text__length=3, text__vocab=64))
+    space = codec.Space(settings(text__length=3, text__vocab=64))
     assert torch.equal(*space.captions([" un  café\n", "un cafe\u0301"]))
     monkeypatch.setattr(space, "network", lambda role: SimpleNamespace(encode=list))
     assert space.captions([" un  caf\u00e9\n", "un cafe\u0301", "\ufeff\u00a0", "🎉\r\n"]) == ["un caf\u00e9", "un caf\u00e9", "", "🎉"]
@@ -338,7 +339,7 @@ def test_cached_latents_and_captions_are_what_the_networks_make_of_each_sample(l
     assert about["shapes"] == [[2, 2, 4, 4, 4]] and list(about["tars"]) == [f"0000{i}.tar" for i in range(3)]
     assert {n for n in cached if not n.endswith((".lat", ".tok"))} == {n for n in source if not n.endswith(".png")}
     assert all(cached[n] == source[n] for n in cached if n in source)
-    latent, text = nets.autoencoder(str(networks / "vae"), CPU), encoder(networks, "clip", "clip-2", layer="penultimate")
+    latent, text = encoders.autoencoder(str(networks / "vae"), CPU), encoder(networks, "clip", "clip-2", layer="penultimate")
     for key in sorted(n[:-4] for n in source if n.endswith(".png"))[::60]:
         image = data.decode(source[f"{key}.png"])
         x = data.to_float(torch.from_numpy(np.stack([data.square(image, 8), data.square(image, 8, mirror=True)])))
@@ -353,9 +354,9 @@ def test_cached_latents_and_captions_are_what_the_networks_make_of_each_sample(l
 
 def batches(run, shard, cached):
     """What the first steps of a training on `shard` see."""
-    config = common.make_config(common.read_toml(run / "config.toml"), {"data.cached": cached})
+    config = ddm.config.make_config(ddm.config.read_toml(run / "config.toml"), {"data.use_latents": cached})
     ranks = SimpleNamespace(rank=0, world=1, device=CPU)
-    samples, space = training.open_shards(run, [shard], config, config.train, ranks, common.read_clusters(run), labelled=shard == "router")
+    samples, space = training.open_shards(run, [shard], config, config.train, ranks, ddm.run.read_clusters(run), labelled=shard == "router")
     loader = iter([data.collate([samples[p] for p in range(first, first + 16)]) for first in range(0, 48, 16)])
     state = SimpleNamespace(sums=torch.zeros(5), warned=0, ranks=ranks, synchronise_gradients=lambda now: None)
     stopping = SimpleNamespace(wait=contextlib.nullcontext)
@@ -376,7 +377,7 @@ def test_training_needs_the_cache_or_the_shards_not_both(latent_run, tmp_path):
     logs = {}
     for kind, gone in (("fly", "latents"), ("cached", "shards")):
         run = shutil.copytree(latent_run, tmp_path / kind, ignore=shutil.ignore_patterns(gone, "experts", "logs", "checkpoints", "samples"))
-        done = command("train_expert.py", "--shard", 0, "--run", run)
+        done = command("train_expert.py", "--shard", 0, "--run-dir", run)
         assert ("latents not cached" if kind == "fly" else "latents cached in") in done.stdout
         logs[kind] = [float(row["loss"]) for row in rows(run, "expert-0")]
     assert logs["fly"] == pytest.approx(logs["cached"], rel=1e-3)
@@ -386,8 +387,8 @@ def test_training_needs_the_cache_or_the_shards_not_both(latent_run, tmp_path):
 def test_a_monolith_is_not_trained_on_part_of_the_data(latent_run, tmp_path):
     run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("experts", "checkpoints"))
     shutil.rmtree(run / "shards" / "1")
-    train = ["train_expert.py", "--run", run, "--shard", "all"]
-    refused(*train, "--data.cached", "false", says=["no tars in", "shards/1"])
+    train = ["train_expert.py", "--run-dir", run, "--shard", "all"]
+    refused(*train, "--data.use_latents", "false", says=["no tars in", "shards/1"])
     shutil.rmtree(run / "latents" / "0")
     refused(*train, says=["no tars in", "shards/1", "latents are used where all shards have them"])
 
@@ -411,32 +412,32 @@ def test_each_epoch_draws_from_the_posterior_anew(latent_run):
 
 def test_caching_on_two_ranks_and_after_an_interruption_gives_the_same(latent_run, tmp_path):
     run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("latents", "experts", "checkpoints"))
-    done = command("pretrained.py", "--run", run, "--shard", "router", "--captions", ranks=2)
+    done = command("cache_latents.py", "--run-dir", run, "--shard", "router", "--captions", ranks=2)
     assert "GB per million images" in done.stdout and "240 samples made now" in done.stdout
     same = lambda: members(run / "latents" / "router") == members(latent_run / "latents" / "router")
     assert same()
     os.remove(run / "latents" / "router" / "00001.tar")
     kept = os.stat(run / "latents" / "router" / "00000.tar").st_mtime_ns
-    refused("train_router.py", "--run", run, says=["lacks 1 of 3 tars, 00001.tar", "pretrained.py", "--data.cached false"])
+    refused("train_router.py", "--run-dir", run, says=["lacks 1 of 3 tars, 00001.tar", "cache_latents.py", "--data.use_latents false"])
     (run / "latents" / "router" / "00001.tar.1.tmp").write_bytes(b"torn")
-    done = command("pretrained.py", "--run", run, "--shard", "router", "--captions")
+    done = command("cache_latents.py", "--run-dir", run, "--shard", "router", "--captions")
     assert same() and "100 samples made now" in done.stdout and os.stat(run / "latents" / "router" / "00000.tar").st_mtime_ns == kept
     assert not glob.glob(str(run / "latents" / "router" / "*.tmp"))
 
 
 def test_a_cache_of_other_shards_is_not_used(latent_run, tmp_path):
     run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("experts", "checkpoints"))
-    train, shard = ["train_expert.py", "--run", run, "--shard", 0], run / "shards" / "0" / "00001.tar"
-    with data.TarWriter(str(shard)) as tar:         # a shard that has changed since
+    train, shard = ["train_expert.py", "--run-dir", run, "--shard", 0], run / "shards" / "0" / "00001.tar"
+    with ddm.tars.TarWriter(str(shard)) as tar:         # a shard that has changed since
         for name, payload in list(members(latent_run / "shards" / "0").items())[:2]:
             tar.add(name, payload)
     refused(*train, says=["shards/0 is not as its manifest says", "00001.tar", "copy it again"])
-    refused("pretrained.py", "--run", run, "--shard", 0, "--captions", says=["shards/0 is not as its manifest says"])
+    refused("cache_latents.py", "--run-dir", run, "--shard", 0, "--captions", says=["shards/0 is not as its manifest says"])
     manifest = json.loads((shard.parent / "manifest.json").read_text())
     manifest["tars"]["00001.tar"] |= {"samples": 1, "bytes": shard.stat().st_size, "sha256": hashlib.sha256(shard.read_bytes()).hexdigest()}
     (shard.parent / "manifest.json").write_text(json.dumps(manifest))
-    refused(*train, says=["latents/0/00001.tar was not made of", "--data.cached false"])
-    done = command("pretrained.py", "--run", run, "--shard", 0, "--captions")
+    refused(*train, says=["latents/0/00001.tar was not made of", "--data.use_latents false"])
+    done = command("cache_latents.py", "--run-dir", run, "--shard", 0, "--captions")
     assert ": 1 samples made now" in done.stdout.replace("; ", ": ")
     assert set(members(run / "latents" / "0")) < set(members(latent_run / "latents" / "0"))
     shutil.copy(run / "latents" / "0" / "00001.tar", run / "latents" / "0" / "surplus.tar")
@@ -445,7 +446,7 @@ def test_a_cache_of_other_shards_is_not_used(latent_run, tmp_path):
     about = json.loads((run / "latents" / "0" / "about.json").read_text())
     (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"fingerprint": "0123"}))
     refused(*train, says=["clustering", "'0123'", about["fingerprint"]])
-    refused("pretrained.py", "--run", run, "--shard", 0, "--captions", says=["fingerprint", "'0123'", about["fingerprint"]])
+    refused("cache_latents.py", "--run-dir", run, "--shard", 0, "--captions", says=["fingerprint", "'0123'", about["fingerprint"]])
     for damage in ("{", "[]", json.dumps(about | {"size": "8"}), json.dumps(about | {"text": None}), json.dumps(about | {"shapes": []}), json.dumps(about | {"shapes": [[2]]}),
                    json.dumps(about | {"tars": {"00001.tar": 2048}}), "[" * 100_000):
         (run / "latents" / "0" / "about.json").write_text(damage)
@@ -454,7 +455,7 @@ def test_a_cache_of_other_shards_is_not_used(latent_run, tmp_path):
 
 def test_the_size_that_is_printed_is_the_size_on_disk(latent_run, tmp_path):
     run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("latents", "experts", "checkpoints"))
-    text = command("pretrained.py", "--run", run, "--shard", "1", "--captions").stdout.partition("\n")[2]      # the first line names the device
+    text = command("cache_latents.py", "--run-dir", run, "--shard", "1", "--captions").stdout.partition("\n")[2]      # the first line names the device
     count, each = int(text.split(": ")[1].split()[0]), [float(text.split(word)[0].split()[-1]) for word in (" bytes", " of token", " of other")]
     size = sum(os.path.getsize(p) - 1024 for p in glob.glob(str(run / "latents" / "1" / "*.tar")))
     assert each[0] == 512 + 512 and size == pytest.approx(count * sum(each), rel=0.05)
@@ -466,44 +467,44 @@ def test_a_disk_that_is_too_small_is_said_once_on_all_ranks(latent_run, tmp_path
     folder = run / "shards" / "1"
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, members in (("00000.tar", {}), ("99999.tar", {"x.png": b"no picture", "x.txt": b"a caption"})):
-        with data.TarWriter(str(folder / name)) as tar:
+        with ddm.tars.TarWriter(str(folder / name)) as tar:
             for member, payload in members.items():
                 tar.add(member, payload)
         manifest["tars"][name] = {"samples": len(members) // 2, "bytes": tar.bytes, "sha256": tar.digest.hexdigest(), "source": ""}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     script = tmp_path / "small.py"
-    script.write_text("import os, shutil, sys; sys.path.insert(0, os.getcwd()); import pretrained, common\n"
+    script.write_text("import os, shutil, sys; sys.path.insert(0, os.getcwd()); import cache_latents; from ddm import errors\n"
                       "from types import SimpleNamespace\n"
                       "shutil.disk_usage = lambda path: SimpleNamespace(free=100)\n"
-                      "common.script(pretrained.main)\n")
-    done = command(script, "--run", run, "--shard", 1, ranks=2, check=False, real=True)
+                      "errors.script(cache_latents.main)\n")
+    done = command(script, "--run-dir", run, "--shard", 1, ranks=2, check=False, real=True)
     assert done.returncode == 1 and done.stderr.count("GB more, the disk has 1e-07 GB left") == 1 and "Connection closed" not in done.stderr
-    done = command("pretrained.py", "--run", run, "--shard", 1, ranks=2)
+    done = command("cache_latents.py", "--run-dir", run, "--shard", 1, ranks=2)
     assert "1 left out: undecodable" in done.stdout and " 0 of other members" not in done.stdout
 
 
 def test_samples_are_decoded_pictures_also_where_the_networks_have_moved(latent_run, networks, tmp_path):
     run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("shards", "latents", "checkpoints"))
-    flags = ["--prompt", "a red circle", "--prompt", "", "--n", 2, "--steps", 3]
-    command("sample.py", "--run", run, *flags, "--out", tmp_path / "a")
+    flags = ["--prompt", "a red circle", "--prompt", "", "--num-images", 2, "--steps", 3]
+    command("sample.py", "--run-dir", run, *flags, "--out", tmp_path / "a")
     pictures = [np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(str(tmp_path / "a" / "0*.png")))]
     assert len(pictures) == 4 and all(p.shape == (8, 8, 3) for p in pictures)
     # what the models say, decoded by hand
     team = ensemble.Ensemble(run, CPU)
     c = encoder(networks, "clip", "clip-2", layer="penultimate").encode(["a red circle"])
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    *_, x = flow.integrate(team.velocity(common.make_config().sample, c), x, flow.time_grid(3))
-    wanted = data.to_uint8(nets.autoencoder(str(networks / "vae"), CPU).decode(x))[0].numpy().astype(int)
+    *_, x = flow.integrate(team.velocity(ddm.config.make_config().sample, c), x, flow.time_grid(3))
+    wanted = data.to_uint8(encoders.autoencoder(str(networks / "vae"), CPU).decode(x))[0].numpy().astype(int)
     assert np.abs(pictures[1] - wanted).max() <= 1
     shutil.copytree(networks, tmp_path / "moved")
     for path in glob.glob(str(run / "experts" / "*")) + [run / "router.safetensors"]:       # as if the folder of the training machine were not here
-        network, info = models.load(path)
+        network, info = artifacts.load(path)
         info["autoencoder"]["name"], info["text"]["name"] = "/elsewhere/vae", "/elsewhere/clip + /elsewhere/clip-2"
         info.pop("model")
-        models.save(path, network.config, network.state_dict(), **info)
+        artifacts.save(path, network.config, network.state_dict(), **info)
     os.remove(run / "config.toml")      # which says where they are
-    refused("sample.py", "--run", run, *flags, "--out", tmp_path / "b", says=["text.name = '/elsewhere/clip'", "no such folder", "--text.name"])
-    command("sample.py", "--run", run, *flags, "--out", tmp_path / "b", "--autoencoder.name", tmp_path / "moved" / "vae",
+    refused("sample.py", "--run-dir", run, *flags, "--out", tmp_path / "b", says=["text.name = '/elsewhere/clip'", "no such folder", "--text.name"])
+    command("sample.py", "--run-dir", run, *flags, "--out", tmp_path / "b", "--autoencoder.name", tmp_path / "moved" / "vae",
             "--text.name", f"{tmp_path / 'moved' / 'clip'} + {tmp_path / 'moved' / 'clip-2'}")
     again = [np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(str(tmp_path / "b" / "0*.png")))]
     assert all(np.abs(a - b).max() <= 1 for a, b in zip(pictures, again, strict=True))
@@ -511,23 +512,23 @@ def test_samples_are_decoded_pictures_also_where_the_networks_have_moved(latent_
 
 def test_clip_clusters_tiny_latents_and_t5_on_the_fly_and_without_flips(tars, config, networks, tmp_path):
     run = tmp_path / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--experts", 1, "--features.name", networks / "clip-image",
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--experts", 1, "--features.name", networks / "clip-image",
             "--autoencoder.name", networks / "tiny-vae", "--text.name", networks / "t5", "--text.length", 20, "--data.flip", "false", ranks=2)
-    about = common.read_clusters(run)
+    about = ddm.run.read_clusters(run)
     assert about["extractor"]["class"] == "CLIPVisionModelWithProjection" and about["networks"]["text"]["weights"].startswith("T5EncoderModel:")
     torch.manual_seed(1)
     transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(networks / "clip-image")).save_pretrained(tmp_path / "clip-image")
     shutil.copytree(run, tmp_path / "copy")
     text = (run / "config.toml").read_text()
     (tmp_path / "copy" / "config.toml").write_text(text.replace(str(networks / "clip-image"), str(tmp_path / "clip-image")))
-    refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "copy", says=["made with features of", str(networks), str(tmp_path / "clip-image")])
-    done = command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 4)
+    refused("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "copy", says=["made with features of", str(networks), str(tmp_path / "clip-image")])
+    done = command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 4)
     assert "latents not cached" in done.stdout and "token features not cached" in done.stdout
-    command("pretrained.py", "--run", run, "--shard", 0)
+    command("cache_latents.py", "--run-dir", run, "--shard", 0)
     assert json.loads((run / "latents" / "0" / "about.json").read_text())["shapes"] == [[1, 1, 4, 4, 4]]
-    done = command("train_expert.py", "--run", run, "--shard", 0)       # goes on on the cache, captions still on the fly
+    done = command("train_expert.py", "--run-dir", run, "--shard", 0)       # goes on on the cache, captions still on the fly
     assert "latents cached in" in done.stdout and "resumed at step 4" in done.stdout
-    command("sample.py", "--run", run, "--prompt", "a red circle", "--steps", 2, "--out", run / "out")
+    command("sample.py", "--run-dir", run, "--prompt", "a red circle", "--steps", 2, "--out", run / "out")
 
 
 def test_hub_names_come_from_the_hub_s_cache_and_stay_at_their_commit(tars, config, networks, tmp_path):
@@ -541,18 +542,18 @@ def test_hub_names_come_from_the_hub_s_cache_and_stay_at_their_commit(tars, conf
     for name in ("vae", "bert", "dinov2"):
         publish(name, networks / name, "a" * 40)
     run = tmp_path / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run", run, "--config", config, "--experts", 1, "--features.name", "someone/dinov2",
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--experts", 1, "--features.name", "someone/dinov2",
             "--autoencoder.name", "someone/vae", "--text.name", "someone/bert", "--text.length", 20)
-    assert common.read_clusters(run)["extractor"]["revision"] == "a" * 40
+    assert ddm.run.read_clusters(run)["extractor"]["revision"] == "a" * 40
     torch.manual_seed(1)
     vae().save_pretrained(tmp_path / "other-vae")
     publish("vae", tmp_path / "other-vae", "b" * 40)
-    command("train_expert.py", "--run", run, "--shard", 0, "--train.steps", 2)
-    assert models.read_info(run / "experts" / "0.safetensors")["autoencoder"]["revision"] == "a" * 40
-    command("sample.py", "--run", run, "--prompt", "x", "--steps", 2, "--out", tmp_path / "out")
-    done = command("sample.py", "--run", run, "--prompt", "x", "--autoencoder.name", "someone/vae@" + "b" * 40, check=False)
+    command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 2)
+    assert artifacts.read_info(run / "experts" / "0.safetensors")["autoencoder"]["revision"] == "a" * 40
+    command("sample.py", "--run-dir", run, "--prompt", "x", "--steps", 2, "--out", tmp_path / "out")
+    done = command("sample.py", "--run-dir", run, "--prompt", "x", "--autoencoder.name", "someone/vae@" + "b" * 40, check=False)
     assert done.returncode == 2 and "a" * 40 in done.stderr and "b" * 40 in done.stderr
-    done = command("sample.py", "--run", run, "--prompt", "x", "--autoencoder.name", "someone/none", check=False)
+    done = command("sample.py", "--run-dir", run, "--prompt", "x", "--autoencoder.name", "someone/none", check=False)
     assert done.returncode == 2 and "'someone/none' is no folder here and cannot be fetched" in done.stderr.splitlines()[-1]
 
 
@@ -560,10 +561,10 @@ def test_hub_names_come_from_the_hub_s_cache_and_stay_at_their_commit(tars, conf
 
 def rewrite(path, change):
     """The model file with other metadata."""
-    network, info = models.load(path)
+    network, info = artifacts.load(path)
     change(info)
     info.pop("model")
-    models.save(path, network.config, network.state_dict(), **info)
+    artifacts.save(path, network.config, network.state_dict(), **info)
 
 
 def test_a_wrong_pair_of_networks_is_refused_in_one_line(latent_run, networks, tmp_path):
@@ -572,7 +573,7 @@ def test_a_wrong_pair_of_networks_is_refused_in_one_line(latent_run, networks, t
     vae().save_pretrained(tmp_path / "other-vae")
     vae(scaling_factor=0.6).save_pretrained(tmp_path / "scaled")
     shutil.copy(networks / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "scaled")
-    say = ["sample.py", "--run", run, "--prompt", "x", "--out", tmp_path / "out"]
+    say = ["sample.py", "--run-dir", run, "--prompt", "x", "--out", tmp_path / "out"]
     # between router, experts and what sample.py is given
     refused(*say, "--autoencoder.name", tmp_path / "other-vae", says=["autoencoder", "/vae'", "/other-vae'", "weights"])
     refused(*say, "--autoencoder.name", tmp_path / "scaled", says=["/scaled'", "scale 0.5", "scale 0.6"])
@@ -601,22 +602,22 @@ def test_a_cache_of_other_networks_or_settings_is_refused(latent_run, networks, 
     run = shutil.copytree(latent_run, tmp_path / "run", ignore=shutil.ignore_patterns("experts", "checkpoints"))
     torch.manual_seed(1)
     vae().save_pretrained(tmp_path / "other-vae")
-    train = ["train_expert.py", "--run", run, "--shard", 0]
+    train = ["train_expert.py", "--run-dir", run, "--shard", 0]
     refused(*train, "--autoencoder.name", tmp_path / "other-vae", says=["clusters.safetensors", "needs the autoencoder", "/other-vae'"])
     refused(*train, "--text.name", networks / "t5", says=["clusters.safetensors", "needs the text", "/t5'"])
     refused(*train, "--text.length", 10, says=["length 20", "length 10"])
     refused(*train, "--data.size", 16, says=["latents/0", "data.size 8, now it is 16"])
     refused(*train, "--data.crop", "random", says=["data.crop 'center', now it is 'random'"])
-    refused("pretrained.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "other-vae", "--captions", says=["needs the autoencoder", "/other-vae'"])
-    refused("pretrained.py", "--run", run, "--shard", 0, says=["was made with --captions", "delete"])
-    refused("pretrained.py", "--run", run, "--shard", 0, "--captions", "--autoencoder.precision", "bf16", says=["autoencoder", "fp32", "bf16"])
+    refused("cache_latents.py", "--run-dir", run, "--shard", 0, "--autoencoder.name", tmp_path / "other-vae", "--captions", says=["needs the autoencoder", "/other-vae'"])
+    refused("cache_latents.py", "--run-dir", run, "--shard", 0, says=["was made with --captions", "delete"])
+    refused("cache_latents.py", "--run-dir", run, "--shard", 0, "--captions", "--autoencoder.precision", "bf16", says=["autoencoder", "fp32", "bf16"])
     about = json.loads((run / "latents" / "0" / "about.json").read_text())
     (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"flip": False}))
     refused(*train, says=["data.flip False, now it is True"])
     (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"autoencoder": about["autoencoder"] | {"name": "another", "weights": "0"}}))
     refused(*train, says=["latents/0 was made with autoencoder 'another'", "/vae'"])
     (run / "latents" / "0" / "about.json").write_text(json.dumps(about | {"text": {"name": ""}}))
-    refused("train_expert.py", "--run", run, "--shard", "all", says=["latents/0 was made without --captions", "delete"])
+    refused("train_expert.py", "--run-dir", run, "--shard", "all", says=["latents/0 was made without --captions", "delete"])
 
 
 def test_a_training_does_not_go_on_in_another_latent_space(latent_run, networks, tmp_path):
@@ -624,12 +625,12 @@ def test_a_training_does_not_go_on_in_another_latent_space(latent_run, networks,
     shutil.copytree(networks / "vae", tmp_path / "vae")
     about = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps(about | {"scaling_factor": 0.6}))
-    refused("train_expert.py", "--run", run, "--shard", 0, "--autoencoder.name", tmp_path / "vae", says=["autoencoder", "scale 0.5", "scale 0.6"])
+    refused("train_expert.py", "--run-dir", run, "--shard", 0, "--autoencoder.name", tmp_path / "vae", says=["autoencoder", "scale 0.5", "scale 0.6"])
 
 
 @pytest.mark.parametrize("key", ["features.name", "autoencoder.name", "text.name"])
 def test_a_name_that_cannot_be_fetched(tars, config, tmp_path, key):
-    refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, f"--{key}", "someone/some-network",
+    refused("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "run", "--config", config, f"--{key}", "someone/some-network",
             process=key == "features.name", says=[f"{key} = 'someone/some-network'", "cannot be fetched", "offline", f"--{key} DIR"])
     assert not (tmp_path / "run" / "config.toml").exists()
 
@@ -641,19 +642,19 @@ def test_networks_of_the_wrong_kind(tars, config, networks, tmp_path):
     for key, value, says in (("features.name", networks / "t5", ["'t5'", "dinov2"]), ("autoencoder.name", networks / "t5", ["'t5'", "AutoencoderKL"]),
                              ("features.name", tmp_path / "empty", ["without config.json"]), ("text.name", tmp_path / "damaged", ["is damaged"]),
                              ("text.name", networks / "dinov2", ["no tokenizer"])):
-        refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, f"--{key}", value, says=[key, *says])
-    refused("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, "--autoencoder.name", networks / "vae", "--data.size", 9,
+        refused("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "run", "--config", config, f"--{key}", value, says=[key, *says])
+    refused("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "run", "--config", config, "--autoencoder.name", networks / "vae", "--data.size", 9,
             says=["data.size = 9 is not a multiple of 2"])
     # weights that are not there would be random ones
     network = transformers.CLIPVisionModel(transformers.CLIPModel.from_pretrained(networks / "clip-image").config.vision_config)
     network.save_pretrained(tmp_path / "no-projection")
-    with pytest.raises(common.UserError, match="lacks weights of a CLIPVisionModelWithProjection: visual_projection.weight"):
-        nets.image_features(settings(features__name=str(tmp_path / "no-projection")).features, CPU)
+    with pytest.raises(errors.UserError, match="lacks weights of a CLIPVisionModelWithProjection: visual_projection.weight"):
+        encoders.image_features(settings(features__name=str(tmp_path / "no-projection")).features, CPU)
 
 
 def test_nothing_to_cache(clustered):
-    refused("pretrained.py", "--run", clustered, "--shard", 0, says=["nothing to cache", "pixel space"])
-    refused("pretrained.py", "--run", clustered, "--shard", 9, says=["no tars in", "shards/9", "0, 1, 2, router"])
+    refused("cache_latents.py", "--run-dir", clustered, "--shard", 0, says=["nothing to cache", "pixel space"])
+    refused("cache_latents.py", "--run-dir", clustered, "--shard", 9, says=["no tars in", "shards/9", "0, 1, 2, router"])
 
 
 def test_the_recipes_estimates_are_computed():

@@ -16,18 +16,22 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, command, copy, inside
 
-import common
 import data
+import ddm.config
+import ddm.files
+import ddm.process
+import ddm.run
 import engine
 import flow
 import training
-from common import UserError
+from ddm import errors
+from ddm.errors import UserError
 
 FLAGS = ["--shard", 0, "--train.save_every", 4, "--train.log_every", 2, "--data.workers", 0]
 
 
 def train(run, steps, *flags):
-    return inside("train_expert.py", "--run", run, *FLAGS, "--train.steps", steps, *flags)
+    return inside("train_expert.py", "--run-dir", run, *FLAGS, "--train.steps", steps, *flags)
 
 
 def checkpoints(run):
@@ -48,16 +52,16 @@ def test_a_failing_rank_ends_at_once_and_shows_its_traceback(tmp_path):
     (tmp_path / "stage.py").write_text(f"""
 import os, sys, time
 sys.path.insert(0, {ROOT!r})
-import common, torch.distributed as dist
+import ddm.process, ddm.errors, torch.distributed as dist
 
 def main():
-    common.start("cpu")
+    ddm.process.start("cpu")
     dist.destroy_process_group = lambda: time.sleep(600)
     if os.environ["RANK"] == "1":
         raise RuntimeError("CUDA out of memory, say")
-    common.barrier()
+    ddm.process.barrier()
 
-common.script(main)
+errors.script(main)
 """)
     done = command(tmp_path / "stage.py", ranks=2, check=False, real=True)
     assert done.returncode == 1 and "RuntimeError: CUDA out of memory, say" in done.stderr and 'line 10, in main' in done.stderr
@@ -67,12 +71,12 @@ common.script(main)
 
 def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
     path = tmp_path / "folder" / "lock"
-    with common.Lock(path, "expert-0 of runs/x"):
+    with ddm.run.Lock(path, "expert-0 of runs/x"):
         assert json.loads(path.read_text()) == {"host": socket.gethostname(), "kernel": mock.ANY, "pid": os.getpid(), "since": mock.ANY}
         with pytest.raises(UserError, match=f"expert-0 of runs/x is being worked on by process {os.getpid()} on {socket.gethostname()} since 20"):
-            common.Lock(path, "expert-0 of runs/x").__enter__()
+            ddm.run.Lock(path, "expert-0 of runs/x").__enter__()
     assert not path.exists()
-    with common.Lock(path, "it"):
+    with ddm.run.Lock(path, "it"):
         pass
 
 
@@ -81,8 +85,7 @@ def test_a_lock_does_not_outlive_a_kill_nor_lives_in_forks(tmp_path):
     holder = f"""
 import os, sys, time
 sys.path.insert(0, {ROOT!r})
-import common
-common.Lock({str(path)!r}, "it").__enter__()
+ddm.run.Lock({str(path)!r}, "it").__enter__()
 if os.fork() == 0:
     time.sleep(120)
     os._exit(0)
@@ -92,11 +95,11 @@ time.sleep(120)
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"by process {process.pid} on"):
-            common.Lock(path, "it").__enter__()
+            ddm.run.Lock(path, "it").__enter__()
         process.kill()
         process.wait()
         assert path.exists()
-        with common.Lock(path, "it"):       # the forked process still lives
+        with ddm.run.Lock(path, "it"):       # the forked process still lives
             pass
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -117,12 +120,12 @@ def test_a_lock_of_another_host_holds_while_it_shows_signs_of_life(tmp_path, mon
     thread.start()
     try:
         with pytest.raises(UserError, match="by process 7 on elsewhere since yesterday"):
-            common.Lock(path, "it").__enter__()
+            ddm.run.Lock(path, "it").__enter__()
     finally:
         stop.set()
         thread.join()
-    monkeypatch.setattr(common, "SILENCE", 0.2)
-    with common.Lock(path, "it"):
+    monkeypatch.setattr(ddm.run, "SILENCE", 0.2)
+    with ddm.run.Lock(path, "it"):
         assert json.loads(path.read_text())["host"] == socket.gethostname()
 
 
@@ -130,14 +133,14 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_taken(tmp_path):
     path = tmp_path / "lock"
     path.write_text(json.dumps(ELSEWHERE))
     with mock.patch("time.sleep", lambda seconds: path.unlink(missing_ok=True)):
-        with common.Lock(path, "it"):
+        with ddm.run.Lock(path, "it"):
             assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
 def test_the_lock_of_a_machine_that_died_is_waited_for(tmp_path, monkeypatch):
     """A file server keeps it for a while; its holder shows no sign of life."""
-    monkeypatch.setattr(common, "SILENCE", 0.05)
-    path, flock, refusals = tmp_path / "lock", common.fcntl.flock, []
+    monkeypatch.setattr(ddm.run, "SILENCE", 0.05)
+    path, flock, refusals = tmp_path / "lock", ddm.run.fcntl.flock, []
     path.write_text(json.dumps(ELSEWHERE))
 
     def leased(file, how):
@@ -146,31 +149,31 @@ def test_the_lock_of_a_machine_that_died_is_waited_for(tmp_path, monkeypatch):
             raise BlockingIOError
         return flock(file, how)
 
-    with mock.patch("fcntl.flock", leased), common.Lock(path, "it"):
+    with mock.patch("fcntl.flock", leased), ddm.run.Lock(path, "it"):
         assert len(refusals) == 2
     path.write_text(json.dumps(ELSEWHERE))
-    monkeypatch.setattr(common, "LEASE", 0)
+    monkeypatch.setattr(ddm.run, "LEASE", 0)
     with mock.patch("fcntl.flock", side_effect=BlockingIOError), pytest.raises(UserError, match="by process 7 on elsewhere"):
-        common.Lock(path, "it").__enter__()
+        ddm.run.Lock(path, "it").__enter__()
 
 
 def test_a_file_system_without_locks_goes_by_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "BEAT", 0.02)
+    monkeypatch.setattr(ddm.run, "BEAT", 0.02)
     with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
-        with common.Lock(tmp_path / "lock", "it"):
+        with ddm.run.Lock(tmp_path / "lock", "it"):
             with pytest.raises(UserError, match="it is being worked on by process"):
-                common.Lock(tmp_path / "lock", "it").__enter__()
-        with common.Lock(tmp_path / "lock", "it"):
+                ddm.run.Lock(tmp_path / "lock", "it").__enter__()
+        with ddm.run.Lock(tmp_path / "lock", "it"):
             pass
 
 
 def test_a_second_training_of_a_shard_is_refused_and_marks_nothing(clustered, tmp_path):
     run = copy(clustered, tmp_path)
     assert train(run, 4).returncode == 0
-    with common.Lock(run / "checkpoints" / "expert-0" / "lock", "expert-0 of here"):
+    with ddm.run.Lock(run / "checkpoints" / "expert-0" / "lock", "expert-0 of here"):
         line = error_of(train(run, 8))
         assert f"by process {os.getpid()} on" in line
-        assert error_of(inside("train_expert.py", "--run", run, "--shard", 0, "--train.stepz", 8))      # found before
+        assert error_of(inside("train_expert.py", "--run-dir", run, "--shard", 0, "--train.stepz", 8))      # found before
     assert (run / "checkpoints" / "expert-0" / "status").read_text() == "finished 4\n"
     assert train(run, 8).returncode == 0
 
@@ -182,7 +185,8 @@ def test_a_wait_for_data_that_lasts_is_ended_by_a_signal_and_saved(clustered, tm
     stuck = f"""
 import sys, time
 sys.path.insert(0, {ROOT!r})
-import common, data, train_expert
+import data, train_expert
+from ddm import errors
 read = data.TarDataset.__getitem__
 
 def sometimes(self, position):
@@ -192,9 +196,9 @@ def sometimes(self, position):
     return read(self, position)
 
 data.TarDataset.__getitem__ = sometimes
-common.script(train_expert.main)
+errors.script(train_expert.main)
 """
-    arguments = ["--run", run, *FLAGS, "--train.steps", 100]
+    arguments = ["--run-dir", run, *FLAGS, "--train.steps", 100]
     with subprocess.Popen([sys.executable, "-c", stuck, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         line = ""
         while line != "stuck\n":
@@ -351,7 +355,7 @@ def test_an_isolated_skipped_step_only_delays_the_checkpoint(clustered, tmp_path
         return loss(*args) * (float("nan") if len(calls) == 4 else 1)
 
     with mock.patch.object(flow, "expert_loss", once):
-        assert train(run, 6, "--train.keep", 5).returncode == 0
+        assert train(run, 6, "--train.keep_last", 5).returncode == 0
     assert checkpoints(run) == ["step-00000005", "step-00000006"]
 
 
@@ -384,24 +388,24 @@ def test_a_failure_is_not_marked_over_by_a_checkpoint_on_its_way(tmp_path):
 # ---- devices --------------------------------------------------------------------------------------------------------
 
 def test_the_first_line_names_the_devices(clustered, tmp_path):
-    assert inside("train_expert.py", "--run", copy(clustered, tmp_path), *FLAGS, "--train.steps", 1).stdout.startswith("device: 1 x cpu (")
+    assert inside("train_expert.py", "--run-dir", copy(clustered, tmp_path), *FLAGS, "--train.steps", 1).stdout.startswith("device: 1 x cpu (")
 
 
 def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="--device cuda:1: under torchrun each rank has a GPU of its own"):
-        common.start("cuda:1")
+        ddm.process.start("cuda:1")
 
 
 def test_a_gpu_that_cannot_be_used_is_a_warning(monkeypatch, capsys):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with mock.patch("glob.glob", return_value=["/proc/driver/nvidia/gpus/0"]):
-        common.start()
+        ddm.process.start()
         assert "warning: this machine has a GPU that cannot be used" in capsys.readouterr().err
-        common.start("cpu")         # as asked
+        ddm.process.start("cpu")         # as asked
         assert not capsys.readouterr().err
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")      # hidden on purpose
-        common.start()
+        ddm.process.start()
         assert not capsys.readouterr().err
 
 
@@ -417,7 +421,7 @@ def test_a_gpu_that_cannot_be_used_is_a_warning(monkeypatch, capsys):
     (["--router.preset", "MMDiT-tiny/2"], "an MMDiT is a denoiser"),
     (["--model.patch", 3], "not a multiple of the patch 3")])
 def test_a_config_that_a_later_stage_refuses_is_refused_by_the_first(tars, config, tmp_path, flags, said):
-    done = inside("cluster.py", "--data", tars / "*.tar", "--run", tmp_path / "run", "--config", config, *flags)
+    done = inside("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "run", "--config", config, *flags)
     assert said in error_of(done) and not (tmp_path / "run" / "config.toml").exists()
 
 
@@ -430,23 +434,23 @@ def test_an_error_of_the_file_system_is_one_line_with_its_remedy(number, remedy,
         raise OSError(number, os.strerror(number), "some/path")
 
     with pytest.raises(SystemExit) as end:
-        common.script(main)
+        errors.script(main)
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.startswith("error: some/path: ") and remedy in line and line.count("\n") == 1
 
 
 def test_what_is_written_names_the_place_that_was_meant(tmp_path):
-    with pytest.raises(OSError) as caught, common.atomic(tmp_path / "x.txt") as temporary:
+    with pytest.raises(OSError) as caught, ddm.files.atomic(tmp_path / "x.txt") as temporary:
         open(temporary, "wb").close()
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == tmp_path / "x.txt" and os.listdir(tmp_path) == []
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError) as caught:
-        common.write_text(tmp_path / "folder", "text")
+        ddm.files.write_text(tmp_path / "folder", "text")
     assert str(caught.value.filename) == str(tmp_path / "folder")
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
-        common.try_folder(tmp_path / "file")
+        ddm.files.try_folder(tmp_path / "file")
 
 
 def test_places_of_output_are_tried_before_the_work(clustered, tmp_path):
@@ -463,18 +467,18 @@ def test_places_of_output_are_tried_before_the_work(clustered, tmp_path):
 def test_a_text_file_is_read_whatever_editor_wrote_it(tmp_path, encoding):
     path = tmp_path / "config.toml"
     path.write_bytes('[text]\r\nname = "café"\r\n'.encode(encoding))
-    assert common.read_text(path) == '[text]\nname = "café"\n' and common.read_toml(path) == {"text.name": "café"}
+    assert ddm.files.read_text(path) == '[text]\nname = "café"\n' and ddm.config.read_toml(path) == {"text.name": "café"}
 
 
 @pytest.mark.parametrize("payload", ["café".encode("latin-1"), "text".encode("utf-16-le")])
 def test_a_text_file_in_another_encoding_is_refused(tmp_path, payload):
     (tmp_path / "x").write_bytes(payload)
     with pytest.raises(UserError, match="UTF-8"):
-        common.read_text(tmp_path / "x")
+        ddm.files.read_text(tmp_path / "x")
 
 
 def test_a_config_survives_any_locale(tmp_path):
-    code = f"import sys; sys.path.insert(0, {ROOT!r}); import common; common.write_toml(common.make_config({{'text.name': 'caf\\xe9'}}), 'x.toml'); print(common.read_toml('x.toml')['text.name'] == 'caf\\xe9')"
+    code = f"import sys; sys.path.insert(0, {ROOT!r}); import ddm.config; ddm.config.write_toml(ddm.config.make_config({{'text.name': 'caf\\xe9'}}), 'x.toml'); print(ddm.config.read_toml('x.toml')['text.name'] == 'caf\\xe9')"
     done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=ENVIRONMENT | {"LC_ALL": "en_US.ISO-8859-1", "PYTHONCOERCECLOCALE": "0"}, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
 
@@ -484,4 +488,4 @@ def test_a_config_survives_any_locale(tmp_path):
 def test_json_of_the_wrong_shape_says_where(tmp_path, value, said):
     (tmp_path / "x.json").write_text(json.dumps(value))
     with pytest.raises(ValueError, match=said):
-        common.read_json(tmp_path / "x.json", {"tars": {str: {"n": int}}})
+        ddm.files.read_json(tmp_path / "x.json", {"tars": {str: {"n": int}}})

@@ -12,11 +12,13 @@ from PIL import Image
 
 import data
 import flow
-import model as models
 import sample as script
-from common import UserError, make_config
-from data import cut_label, label_font, picture_grid
-from ensemble import Ensemble
+from ddm.errors import UserError
+from ddm.config import make_config
+from ddm.pictures import cut_label, label_font, picture_grid
+from ddm.ensemble import Ensemble
+from ddm import artifacts
+import ddm.text
 
 CPU = torch.device("cpu")
 STRATEGIES = ("full", "top-1", "top-2", "sample-1", "sample-2", "threshold-0.3", "nucleus-0.9", "once", "oracle-1")
@@ -28,7 +30,7 @@ def settings(**values):
 
 
 def condition(texts=TEXTS):
-    return torch.stack([models.hash_words(text, 4, 64) for text in texts])
+    return torch.stack([ddm.text.hash_words(text, 4, 64) for text in texts])
 
 
 def start(n=4, calls=5, K=3, seed=0):
@@ -47,7 +49,7 @@ def draw(team, steps=5, c=None, c_null=None, labels=None, n=4, **values):
 def spread(run, sharpness=2.0):
     """Makes the router of a run, which six steps have taught little, prefer different experts for different samples: random, centred logits."""
     path = run / "router.safetensors"
-    router, info = models.load(path)
+    router, info = artifacts.load(path)
     info.pop("model")
     x, t, c = start(64)[0], torch.ones(64), condition(16 * TEXTS)
     with torch.no_grad():
@@ -60,7 +62,7 @@ def spread(run, sharpness=2.0):
         head *= sharpness / (features @ head.T).std(0)[:, None]
         router.head.weight.copy_(head)
         router.head.bias.copy_(-(features @ head.T).mean(0))
-    models.save(path, router.config, router.state_dict(), **info)
+    artifacts.save(path, router.config, router.state_dict(), **info)
     return run
 
 
@@ -71,7 +73,7 @@ def mixed(trained, tmp_path_factory):
     for k, flags in ((1, ["--flow.objective", "eps", "--flow.path", "cosine", "--model.dim", 48, "--model.depth", 2]),
                      (2, ["--flow.objective", "velocity", "--flow.path", "ddpm", "--model.patch", 4])):
         shutil.rmtree(run / "checkpoints" / f"expert-{k}")
-        command("train_expert.py", "--run", run, "--shard", k, *flags)
+        command("train_expert.py", "--run-dir", run, "--shard", k, *flags)
     return run
 
 
@@ -344,7 +346,7 @@ def test_samples_carry_how_they_were_made(trained, tmp_path):
     sample(trained, tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").text["prompt"] == "a red circle | a blue cross"
     # the image's own seed gives it again, alone
-    inside("sample.py", "--run", trained, "--prompt", "a blue cross", "--n", 1, "--seed", 6, "--cfg", 2, "--strategy", "top-2",
+    inside("sample.py", "--run-dir", trained, "--prompt", "a blue cross", "--num-images", 1, "--seed", 6, "--cfg", 2, "--strategy", "top-2",
            "--solver", "heun", "--out", tmp_path / "one", "--device", "cpu")
     assert np.abs(pictures(tmp_path / "one")[0] - pictures(tmp_path / "out")[4]).max() <= 1
 
@@ -363,12 +365,12 @@ def test_batch_size_resident_experts_and_ranks_do_not_matter(mixed, tmp_path, st
 
 
 def test_more_ranks_than_pictures(mixed, tmp_path):
-    command("sample.py", "--run", mixed, "--prompt", "x", "--n", 1, "--strategy", "once", "--out", tmp_path / "x.png", ranks=2)
+    command("sample.py", "--run-dir", mixed, "--prompt", "x", "--num-images", 1, "--strategy", "once", "--out", tmp_path / "x.png", ranks=2)
     assert (tmp_path / "x.png").exists()
 
 
 def test_the_end_says_what_it_cost(mixed, tmp_path):
-    first, expert, third, router = (models.load(mixed / name)[0].flops() for name in
+    first, expert, third, router = (artifacts.load(mixed / name)[0].flops() for name in
                                     ("experts/0.safetensors", "experts/1.safetensors", "experts/2.safetensors", "router.safetensors"))
     said = lambda *flags: re.search(r"per sample: ([\d.]+) of experts, ([\d.]+) of the router; (\S+) GFLOPs per image, (\S+) times a single expert's; \S+ images/s",
                                     sample(mixed, tmp_path / "x.png", *flags).stdout).groups()
@@ -409,7 +411,7 @@ def test_missing_and_unreadable_experts_are_named_and_left_out(trained, tmp_path
     assert np.array_equal(pictures(tmp_path / "two"), pictures(tmp_path / "torn"))
     os.remove(run / "experts" / "1.safetensors")
     sample(run, tmp_path / "left", "--strategy", strategy)
-    done = inside("sample.py", "--run", run, "--prompt", "x", "--require-all", "--out", tmp_path / "none")
+    done = inside("sample.py", "--run-dir", run, "--prompt", "x", "--require-all", "--out", tmp_path / "none")
     assert done.returncode == 2 and "error: no usable expert for clusters 0, 1 of 3 (" in done.stderr and not (tmp_path / "none").exists()
     os.remove(path)
     # the one that is left is the ensemble: whatever the strategy, and also without a router
@@ -421,11 +423,11 @@ def test_missing_and_unreadable_experts_are_named_and_left_out(trained, tmp_path
 def test_an_expert_that_lacks_a_weight_is_unreadable(trained, tmp_path):
     run = copy(trained, tmp_path)
     path = run / "experts" / "2.safetensors"
-    network, info = models.load(path)
+    network, info = artifacts.load(path)
     info.pop("model")
     weights = {k: v.clone() for k, v in network.state_dict().items()}
     weights.pop("head.bias")
-    models.save(path, network.config, weights, **info)
+    artifacts.save(path, network.config, weights, **info)
     assert "cluster 2 of 3" in (text := sample(run, tmp_path / "x.png").stderr) and "head.bias" in text
 
 
@@ -444,7 +446,7 @@ def test_the_monolith_samples_from_its_own_file(trained, tmp_path):
 def drawn(run, out, *prompts, flags=()):
     """One image of each prompt -> (CompletedProcess, images [P,H,W,3])."""
     args = [flag for prompt in prompts for flag in ("--prompt", prompt)]
-    done = inside("sample.py", "--run", run, "--device", "cpu", "--n", 1, "--cfg", 20, "--out", out, *args, *flags)
+    done = inside("sample.py", "--run-dir", run, "--device", "cpu", "--num-images", 1, "--cfg", 20, "--out", out, *args, *flags)
     assert done.returncode == 0, done.stderr
     return done, pictures(out)
 
@@ -543,7 +545,7 @@ def test_a_folder_with_other_people_s_images_is_refused(trained, tmp_path, name)
     sample(trained, out)
     Image.new("RGB", (8, 8)).save(out / name)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    done = inside("sample.py", "--run", trained, "--device", "cpu", "--prompt", "x", "--out", out)
+    done = inside("sample.py", "--run-dir", trained, "--device", "cpu", "--prompt", "x", "--out", out)
     assert done.returncode == 2 and f"holds {name}, which sample.py has not made (1 such" in done.stderr and len(done.stderr.splitlines()) == 1
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -558,11 +560,11 @@ def test_what_the_file_system_refuses_is_said_before_the_work(trained, tmp_path,
     for out, says in (("folder.png", "is a folder"), ("file", "it is a file"), ("link", "a link to nothing"), ("file/x", "a part of this path is a file"),
                       ("file/x.png", "it is a file"), ("fifo.png", "no ordinary file"), ("x" * 300, "shorter name"), ("x" * 250 + ".png", "shorter name"),
                       ("beside.png", "beside.routing.png is a folder"), ("x.tiff", "ends in .png")):
-        done = inside("sample.py", "--run", trained, "--device", "cpu", "--prompt", "x", "--show-routing", "--out", tmp_path / out)
+        done = inside("sample.py", "--run-dir", trained, "--device", "cpu", "--prompt", "x", "--show-routing", "--out", tmp_path / out)
         lines = done.stderr.splitlines()
         assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], done.stderr
     assert (tmp_path / "file").read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["beside.routing.png", "fifo.png", "file", "folder.png", "link"]
-    done = command("sample.py", "--run", trained, "--device", "cpu", "--prompt", "x", "--out", tmp_path / "file", ranks=2, check=False)
+    done = command("sample.py", "--run-dir", trained, "--device", "cpu", "--prompt", "x", "--out", tmp_path / "file", ranks=2, check=False)
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] and "peer" not in done.stderr and "sampling" not in done.stderr
 
 
@@ -597,5 +599,5 @@ def test_a_damaged_expert_is_named_before_it_samples(trained, tmp_path):
     spoilt[-4000:] = b"\xff" * 4000
     path.write_bytes(spoilt)
     for strategy in ("full", "oracle-0"):
-        done = inside("sample.py", "--run", run, "--device", "cpu", "--prompt", "a red circle", "--strategy", strategy, "--out", tmp_path / "x.png")
+        done = inside("sample.py", "--run-dir", run, "--device", "cpu", "--prompt", "a red circle", "--strategy", strategy, "--out", tmp_path / "x.png")
         assert done.returncode == 2 and "experts/0.safetensors is damaged, its weights" in done.stderr and "copy it again" in done.stderr

@@ -2,13 +2,13 @@
 
 They say what was found, and the likely remedy.
 """
-
 import collections
 import glob
 import itertools
 import os
 import re
 import shlex
+
 
 COMPRESSED = (
     ".tar.gz",

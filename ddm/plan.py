@@ -1,12 +1,4 @@
-"""What a training will need, computed before it starts: parameters, FLOPs, memory a GPU, the micro-batch that fits, time. No GPU is needed.
-
-    python train_expert.py --run runs/laion --shard 0 --plan                                # of a run that cluster.py has made
-    python train_expert.py --shard 0 --plan configs/laion-3b.toml --plan.gpus 8             # of a config, before there is any data
-    python train_expert.py --shard 0 --plan configs/laion-3b.toml --plan.gpus 16 --plan.step_seconds 0.28      # what does a known step time imply?
-
-Memory is counted on fake tensors, which have shapes and no contents: a forward pass of the real model, whose tensors kept for the backward
-pass are added up. That is eager mode; compiled blocks usually keep less. Also the table of peak rates that MFU is measured against.
-"""
+"""ddm.plan"""
 import math
 import os
 import re
@@ -15,9 +7,24 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as models
-import networks
-from common import UserError, broadcast, local_world
+from ddm import artifacts, encoders
+from ddm.artifacts import build
+from ddm.errors import UserError
+from ddm.process import broadcast, local_world
+
+
+
+def flops(config):
+    """Forward FLOPs of one image through the model of a ModelConfig, which is not built."""
+    with torch.device("meta"):
+        return build(config).flops()
+
+
+def parameter_count(config):
+    """Weights of the model of a ModelConfig, which is not built."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(config).parameters())
+
 
 # dense peak rates in 1e12 FLOP/s, bf16 and TF32 multiplications (vendors' data sheets, without sparsity), and memory in GB, by words of the device's name
 DEVICES = {"B200": (2250, 1125, 180), "GB200": (2500, 1250, 186), "GH200": (989, 495, 96), "H200 NVL": (836, 418, 141), "H200": (989, 495, 141),
@@ -33,7 +40,6 @@ FROZEN = {"stabilityai/sd-vae-ft-mse": 83_653_863, "openai/clip-vit-large-patch1
           "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": 693_021_440, "google/t5-v1_1-xl": 1_223_527_424}
 USABLE = 0.9        # of a GPU's memory: the rest goes to the driver's context, to communication buffers and to fragmentation
 GB = 1e9
-
 aten = torch.ops.aten
 # what costs more to compute again than to keep: engine.py's selective checkpointing keeps it
 EXPENSIVE = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_flash_attention.default,
@@ -55,8 +61,6 @@ def device_memory(device):
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world()
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------
-
 class _Expensive(TorchDispatchMode):
     """Adds up what EXPENSIVE operations give."""
 
@@ -77,7 +81,7 @@ def kept(config, batch, bf16):
     selective is an upper bound: the block that is being computed again has its products counted twice.
     """
     with FakeTensorMode():
-        model = models.build(config)
+        model = artifacts.build(config)
         model.requires_grad_(True)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         places = [{}]       # storages that are kept: outside of blocks first, then by block
@@ -130,14 +134,14 @@ def frozen(config, bf16):
 
     Both are resident unless their work is cached; even then one GPU has the autoencoder, which draws samples.
     """
-    text = config.data.condition == "text" and config.text.name != networks.NONE["text"]
+    text = config.data.condition == "text" and config.text.name != encoders.NONE["text"]
     names = [name.strip() for name in config.text.name.split(" + ")] if text else []
-    latent = config.autoencoder.name != networks.NONE["autoencoder"]
+    latent = config.autoencoder.name != encoders.NONE["autoencoder"]
     sizes = [FROZEN.get(name) for name in [config.autoencoder.name] * latent + names]
     unknown = ""
     if None in sizes:
         try:
-            sizes = networks.frozen_parameters(config)
+            sizes = encoders.frozen_parameters(config)
         except UserError as error:
             sizes = [size or 0 for size in sizes]
             unknown = f"; without some frozen networks, of which nothing is known ({error})"
@@ -145,7 +149,7 @@ def frozen(config, bf16):
     # an autoencoder's are fp32 always
     weights = 4 * sum(sizes[:latent]) + sum(sizes[latent:]) * (2 if half else 4)
     # about four feature maps of Stable Diffusion's 128 channels at full resolution
-    work = 4 * 128 * 4 * networks.AT_ONCE if latent else 0
+    work = 4 * 128 * 4 * encoders.AT_ONCE if latent else 0
     return weights, work, unknown
 
 
@@ -165,7 +169,7 @@ class Memory:
         tokens = 2 * 2 * config.length * config.text_dim
         self.image = {mode: image + tokens for mode, image in self.image.items()}
         with torch.device("meta"):
-            model = models.build(config)
+            model = artifacts.build(config)
         self.parameters = parameters(model)
         self.gathered = self.parameters - parameters(model.blocks) + 2 * max(map(parameters, model.blocks), default=0)
         self.bf16 = bf16
@@ -225,8 +229,6 @@ def choose_parallel(config, train, ranks, share, bf16, beside):
                    f"a rank replicated, {sharded / GB:.2g} GB sharded, of {memory / GB:.3g} GB")
 
 
-# ---- the report ---------------------------------------------------------------------------------------------------
-
 def days(seconds):
     return f"{seconds / 86400:.1f} days" if seconds > 2 * 86400 else f"{seconds / 3600:.1f} hours" if seconds > 2 * 3600 else f"{seconds / 60:.1f} minutes"
 
@@ -254,7 +256,7 @@ def report(name, config, train, batch, run_config, teachers=0, resident=-1):
         resident = min(resident or teachers, teachers)
         need.beside += resident * each
     with torch.device("meta"):
-        model = models.build(config)
+        model = artifacts.build(config)
     image_flops, tokens = (4 if teachers else 3) * model.flops(), sum(model.tokens())
     images = train.steps * batch
     print(f"{name}: {type(model).__name__} of {need.parameters / 1e6:.4g}M parameters; an image is {model.tokens()[0]} tokens + {model.tokens()[1]} of text, "

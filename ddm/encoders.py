@@ -1,9 +1,4 @@
-"""The frozen pretrained networks, one function a role: image_features, autoencoder, text_encoder.
-
-Each is given by its hub name (NAME@REVISION pins it) or a local folder in the format of transformers or diffusers, which are imported only
-here and only where a config asks for a network. What an artifact says of a network (`info`) is its class, a digest of its weights and its
-preprocessing; that, not the name, decides whether two of them are the same (`identity`).
-"""
+"""ddm.encoders"""
 import contextlib
 import hashlib
 import os
@@ -13,15 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import UserError, read_json
 from data import square
+from ddm.errors import UserError
+from ddm.files import read_json
+
 
 NONE = {"autoencoder": "", "text": "words"}     # names that stand for no network: pixels, and words hashed to a learned table
 TILE = 1024             # pixels a side that a picture is encoded or decoded at, at most; larger ones in overlapping tiles
 AT_ONCE = 2 ** 20       # pixels that are encoded or decoded together: 16 pictures of 256 x 256
 
-
-# ---- names and weights --------------------------------------------------------------------------------------------
 
 def _cause(error):
     """What went wrong, on one line."""
@@ -120,8 +115,6 @@ def label(info):
     return f"{info['name']!r}" + (f" ({about})" if about else "")
 
 
-# ---- precision ----------------------------------------------------------------------------------------------------
-
 def dtype_of(precision, device):
     return torch.bfloat16 if precision == "bf16" or precision == "auto" and device.type == "cuda" else torch.float32
 
@@ -148,8 +141,6 @@ def exact_products():
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
 
-
-# ---- image features -----------------------------------------------------------------------------------------------
 
 def image_features(settings, device, normalise=True, key="features.name"):
     """DINOv2, CLIP's image tower or a ResNet -> (prepare, features, info). settings: [features] of a config.
@@ -237,8 +228,6 @@ def clip_scorer(name, device):
     return lambda image: square(image, side), score, info
 
 
-# ---- autoencoder --------------------------------------------------------------------------------------------------
-
 def autoencoder_info(name):
     """What is known of an autoencoder without its weights: -> (class, folder, revision, info).
 
@@ -314,8 +303,6 @@ def frozen_parameters(config):
             counted.append(network.get_encoder() if network.config.is_encoder_decoder else network)
     return [sum(p.numel() for p in network.parameters()) for network in counted]
 
-
-# ---- text encoder -------------------------------------------------------------------------------------------------
 
 def text_info(settings):
     """What is known of the text encoders `A + B + ...` of [text] without their weights: -> ([(class, folder, revision)], info)."""

@@ -20,10 +20,13 @@ import torch
 
 import flow
 import model as models
-import networks
-import plan
-import pretrained
-from common import CONFIG, NETWORK, UserError, check_shape, make_config
+from ddm import artifacts, encoders, plan
+from ddm.codec import Space
+from ddm.config import CONFIG, make_config
+from ddm.errors import UserError
+from ddm.files import check_shape
+from ddm.run import NETWORK
+
 
 
 def check_strategy(text):
@@ -63,8 +66,8 @@ def _must_agree(info):
 ROUTER = {"fingerprint": str, "shift": float, "autoencoder": NETWORK, "text": NETWORK}
 DENOISER = ROUTER | {"objective": str, "path": str, "shard": str}
 #                      its file, its shard, and what trains it
-DENSE = {"monolith": ("experts/all.safetensors", "all", "train_expert.py --run {} --shard all"),
-         "student":  ("student.safetensors", "student", "distill.py --run {}")}
+DENSE = {"monolith": ("experts/all.safetensors", "all", "train_expert.py --run-dir {} --shard all"),
+         "student":  ("student.safetensors", "student", "distill.py --run-dir {}")}
 
 
 class Ensemble:
@@ -80,12 +83,12 @@ class Ensemble:
 
     def __init__(self, run, device, only="", resident=0, precision="auto", compile=False, require_all=False):
         self.run, self.device, self.resident, self.compile = run, device, resident, compile
-        self.dtype, self.forwards = networks.dtype_of(precision, device), collections.Counter()
-        self.precision = networks.resolve(precision, device)        # what results are named by: bf16, tf32 or fp32
+        self.dtype, self.forwards = encoders.dtype_of(precision, device), collections.Counter()
+        self.precision = encoders.resolve(precision, device)        # what results are named by: bf16, tf32 or fp32
         self.loaded, self.cost = {}, {}     # loaded: the experts on the device, the one used last at the end
         folder = os.path.join(run, "experts")
         if not os.path.isdir(run):
-            raise UserError(f"there is no folder {run}: give --run the folder of a trained run")
+            raise UserError(f"there is no folder {run}: give --run-dir the folder of a trained run")
         if only:
             path, shard, trainer = DENSE[only]
             self.paths = {0: os.path.join(run, path)}
@@ -95,7 +98,7 @@ class Ensemble:
             found = (re.fullmatch(r"(0|[1-9][0-9]{0,5})\.safetensors", os.path.basename(p)) for p in glob.glob(os.path.join(glob.escape(folder), "*")))
             self.paths = {int(m[1]): os.path.join(folder, m[0]) for m in sorted(filter(None, found), key=lambda m: int(m[1]))}
             if not self.paths:
-                raise UserError(f"no expert in {folder}: train one with train_expert.py --run {run} --shard 0")
+                raise UserError(f"no expert in {folder}: train one with train_expert.py --run-dir {run} --shard 0")
         self.infos, unreadable = {}, {}
         for k, path in self.paths.items():
             try:
@@ -141,24 +144,24 @@ class Ensemble:
                 raise UserError(f"{together}: {what} {value} / {wanted[what]}")
         for role in ("autoencoder", "text"):
             a, b = info[role], self.info[role]
-            if networks.identity(a) != networks.identity(b):
-                raise UserError(f"{together}: {role} {networks.label(a)} / {networks.label(b)}")
+            if encoders.identity(a) != encoders.identity(b):
+                raise UserError(f"{together}: {role} {encoders.label(a)} / {encoders.label(b)}")
 
     def in_precision(self, precision):
         """This ensemble with its weights in another precision, its models not yet loaded; what is loaded of this one is let go.
 
         They may not all fit then: as many stay on a GPU as there is room for.
         """
-        if networks.dtype_of(precision, self.device) == self.dtype:
+        if encoders.dtype_of(precision, self.device) == self.dtype:
             return self
         self.loaded.clear()
         self.__dict__.pop("router", None)
         other = copy.copy(self)
         other.loaded = {}
-        other.dtype, other.precision = networks.dtype_of(precision, self.device), networks.resolve(precision, self.device)
+        other.dtype, other.precision = encoders.dtype_of(precision, self.device), encoders.resolve(precision, self.device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            sizes = [models.parameters(models.ModelConfig(**info["model"])) * other.dtype.itemsize for info in self.infos.values()]
+            sizes = [plan.parameter_count(models.ModelConfig(**info["model"])) * other.dtype.itemsize for info in self.infos.values()]
             # half of what is free: a forward pass needs its own
             fits = plan.how_many(sizes, torch.cuda.mem_get_info(self.device)[0] / 2)
             other.resident = min(self.resident or len(sizes), fits)
@@ -170,7 +173,7 @@ class Ensemble:
 
     def _load(self, path, name):
         try:
-            model = models.load(path, self.device, self.dtype)[0]
+            model = artifacts.load(path, self.device, self.dtype)[0]
         except ValueError as error:
             raise UserError(str(error), local=True) from None
         self.cost[name] = model.requires_grad_(False).flops()
@@ -202,7 +205,7 @@ class Ensemble:
         model, info = self.expert(k), self.infos[k]
         self.forwards[k] += len(x_t)
         return flow.predict_velocity(lambda x, t, c: model(x.to(self.dtype), t, c), x_t, t, c, info["objective"], info["path"],
-                                     networks.bound(info["autoencoder"]))
+                                     encoders.bound(info["autoencoder"]))
 
     def flops(self):
         """FLOPs of all forwards so far (a multiply-add is two)."""
@@ -216,7 +219,7 @@ class Ensemble:
         if name == "oracle" and number not in self.paths:
             raise UserError(f"strategy {settings.strategy!r}: there is no expert {number}, but {', '.join(map(str, self.paths))}")
         if name != "oracle" and not self.routed and len(self.paths) > 1:
-            raise UserError(f"{self.run}/router.safetensors is missing: train it with train_router.py --run {self.run}, or copy it there")
+            raise UserError(f"{self.run}/router.safetensors is missing: train it with train_router.py --run-dir {self.run}, or copy it there")
 
     def shift(self, settings):
         """The shift of the solver's times: the settings', or the one that the experts were trained with. UserError if that differs."""
@@ -325,20 +328,20 @@ def open_space(team, run_config, given, device):
     for role in ("autoencoder", "text"):
         if f"{role}.name" not in given:
             local = getattr(run_config, role).name
-            getattr(config, role).name = local if "weights" in info[role] and local != pretrained.NONE[role] else info[role]["name"]
+            getattr(config, role).name = local if "weights" in info[role] and local != encoders.NONE[role] else info[role]["name"]
         elif "weights" not in info[role]:
             raise UserError(f"--{role}.name {given[f'{role}.name']}: {team.path} was trained without a pretrained {role} network")
     config.text.length, config.text.vocab = team.config.length, team.config.vocab
     config.text.layer = info["text"].get("layer", "last")
     # as in training, whatever the device was: a text encoder's tf32 is its fp32 on a GPU
     config.text.precision = info["text"].get("precision", "auto").replace("tf32", "fp32")
-    return pretrained.Space(config, device, info, team.path)
+    return Space(config, device, info, team.path)
 
 
 def _info(path, shape):
     """What a model's file says of itself, which has the types of `shape`. UserError."""
     try:
-        info = models.read_info(path)
+        info = artifacts.read_info(path)
     except ValueError as error:
         raise UserError(str(error)) from None
     try:

@@ -13,16 +13,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import networks
-from common import UserError, atomic, cores, gather, local_world, progress, sum_over_ranks
-from data import BadSample, TarDataset, check_condition, decode, describe_samples, find_tars, mix, permute, read_sources, square, to_tensor
-from metrics import Statistics
+from data import TarDataset, check_condition, decode, mix, permute, square, to_tensor
+from ddm import encoders
+from ddm.errors import UserError
+from ddm.files import atomic
+from ddm.metrics import Statistics
+from ddm.process import cores, gather, local_world, progress, sum_over_ranks
+from ddm.tars import BadSample, describe_samples, find_tars, read_sources
+
 
 PIXELS = "square roots of a 4x4x4 RGB histogram, and an 8x8 thumbnail"
 KEPT = 10_000       # pictures whose features precision and recall look at, at most
 
-
-# ---- features and clusters ----------------------------------------------------------------------------------------
 
 def pixel_features(image):
     """PIL image -> [256] float32: which colours there are (a histogram), and where (a thumbnail)."""
@@ -36,7 +38,7 @@ def extractor(settings, device):
     if settings.name == "pixels":
         prepare, features, info = pixel_features, lambda rows: np.asarray(rows, np.float32).reshape(-1, 256), {"name": "pixels", "preprocessing": PIXELS}
     else:
-        prepare, features, info = networks.image_features(settings, device)
+        prepare, features, info = encoders.image_features(settings, device)
     return lambda image: prepare(image.reduce(max(1, min(image.size) // 256))), features, info      # large pictures lose nothing that matters
 
 
@@ -66,7 +68,7 @@ def distance_space(settings, device):
     if settings.name == "pixels":
         prepare, features, info = extractor(settings, device)
     else:
-        prepare, features, info = networks.image_features(settings, device, normalise=False, key="features")
+        prepare, features, info = encoders.image_features(settings, device, normalise=False, key="features")
     kind = {"Dinov2Model": "FD-DINOv2", "Dinov2WithRegistersModel": "FD-DINOv2", "CLIPVisionModelWithProjection": "CLIP-FID"}.get(info.get("class"))
     base = os.path.basename(os.path.normpath(settings.name))
     return SimpleNamespace(name=f"{kind} ({base})" if kind else f"FD-{base}", prepare=prepare, features=features, info=info)
@@ -80,15 +82,13 @@ def cluster_space(run, config, about, device):
     meant = about["extractor"]
     settings = SimpleNamespace(**vars(config.features) | {"precision": "bf16" if meant["preprocessing"].endswith("bfloat16") else "fp32"})
     prepare, features, info = extractor(settings, device)
-    if networks.identity(info) != networks.identity(meant):
-        raise UserError(f"{run} was clustered by {networks.label(meant)} ({meant['preprocessing']}), features.name of its config.toml is {networks.label(info)} "
+    if encoders.identity(info) != encoders.identity(meant):
+        raise UserError(f"{run} was clustered by {encoders.label(meant)} ({meant['preprocessing']}), features.name of its config.toml is {encoders.label(info)} "
                         f"({info['preprocessing']}): give it the same network")
     centroids = {k: v.numpy() for k, v in load_file(os.path.join(run, "clusters.safetensors")).items()}
     of = lambda pictures: torch.from_numpy(assign(features(pictures).astype(np.float16), "", centroids, config))      # rounded as stage 1 keeps them
     return SimpleNamespace(prepare=prepare, info=info, fingerprint=about["fingerprint"], assign=of)
 
-
-# ---- a reference set ----------------------------------------------------------------------------------------------
 
 class _Prepared(torch.utils.data.Dataset):
     """Picture number `numbers[i]` as spaces and clusters want it -> (number, [of each space], of the clusters, of the clusters from the square), or (number, BadSample).
@@ -127,8 +127,8 @@ def read_reference(data, spaces, clusters, folder, batch, ranks):
     sources = read_sources(data.tars, os.path.join(folder, "sources.json"), ranks)
     tars = [(os.path.basename(path), source.sha256) for path, source in zip(data.tars, sources)]
     base = {"tars": tars, "size": data.size, "condition": data.condition, "classes": data.classes}
-    wanted = [{**base, "features": networks.identity(space.info), "kept": KEPT} for space in spaces]
-    wanted.append({**base, "clustering": clusters and [clusters.fingerprint, networks.identity(clusters.info)]})
+    wanted = [{**base, "features": encoders.identity(space.info), "kept": KEPT} for space in spaces]
+    wanted.append({**base, "clustering": clusters and [clusters.fingerprint, encoders.identity(clusters.info)]})
     files = [os.path.join(folder, f"reference-{hashlib.sha256(json.dumps(w, sort_keys=True).encode()).hexdigest()[:12]}.safetensors") for w in wanted]
     missing = gather([i for i, file in enumerate(files) if not os.path.exists(file)])[0]
     if missing:

@@ -3,8 +3,9 @@ import csv
 import itertools
 import os
 
-import model as models
-from common import atomic
+from ddm import artifacts
+from ddm.files import atomic
+
 
 EQUAL = 0.05        # compute is called equal if the ledger differs by no more
 
@@ -22,7 +23,7 @@ def ledger(run, K):
         path, log = os.path.join(run, path), os.path.join(run, "logs", f"{log}.csv")
         if os.path.exists(path):
             try:
-                info = models.read_info(path)
+                info = artifacts.read_info(path)
                 entries[name] = {"steps": info["step"], "images": info["images"], "flops": info["flops"] + info.get("init_flops", 0),
                                  "init": info.get("init", ""), "init_flops": info.get("init_flops", 0), "device_hours": device_hours(log)}
             except (ValueError, KeyError):      # damaged: sampling has said so
@@ -57,8 +58,6 @@ def device_hours(log):
     except (OSError, ValueError, TypeError, LookupError, csv.Error):
         return None
 
-
-# ---- tables -------------------------------------------------------------------------------------------------------
 
 def markdown(header, rows):
     """A table as text whose columns line up."""

@@ -1,7 +1,8 @@
 """Closed forms that evaluate.py reports: Frechet distance, precision and recall, a router's calibration. No networks here."""
 import torch
 
-from common import gather, sum_over_ranks
+from ddm.process import gather, sum_over_ranks
+
 
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):

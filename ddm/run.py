@@ -1,0 +1,151 @@
+"""ddm.run"""
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+
+from ddm.artifacts import read_description
+from ddm.errors import UserError
+from ddm.files import parse_json, read_json
+
+
+NETWORK = {"name": str}         # what an artifact says of a network, at the least
+CLUSTERING = {"fingerprint": str, "extractor": NETWORK, "seed": int, "assign": str, "inputs": str, "tars": int,
+              "networks": {"autoencoder": NETWORK, "text": NETWORK}}
+MANIFEST = {"fingerprint": str, "tars": {str: {"samples": int, "bytes": int, "sha256": str, "source": str}}}
+
+
+def read_clusters(run):
+    """What RUN/clusters.safetensors says besides its centroids: the fingerprint that all of the run carries, and the networks meant for it."""
+    path = os.path.join(run, "clusters.safetensors")
+    try:
+        return read_description(path, CLUSTERING)
+    except ValueError as error:
+        raise UserError(f"cannot read {path} ({error}): make it with cluster.py --run-dir {run} --data ...") from None
+
+
+def read_manifest(folder):
+    """What RUN/shards/K/manifest.json says (MANIFEST). UserError where there is none, or it is damaged."""
+    path = os.path.join(folder, "manifest.json")
+    try:
+        return read_json(path, MANIFEST)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): copy the folder whole, or make it with cluster.py") from None
+
+
+BEAT = 5            # seconds between two signs of life of a lock's holder
+SILENCE = 20        # seconds without one, after which a holder that this kernel does not know is dead
+LEASE = 120         # seconds that a network file system may keep the lock of a machine that died
+
+
+def _this_kernel():
+    """Names the running kernel, whose locks its processes see, in containers too."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            return f.read().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+class Lock:
+    """`with Lock(path, what):` nobody else, on any host that shares the file system, has the lock of this path meanwhile.
+
+    The kernel's lock (flock) ends with its process, whatever killed it. Where hosts do not see each other's, the holder touches
+    the file every few seconds: one that stays untouched is a dead process's. UserError if somebody has it.
+    """
+
+    def __init__(self, path, what):
+        self.path, self.what, self.file = path, what, None
+
+    def __enter__(self):
+        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        deadline = time.monotonic() + LEASE
+        while self.file is None:
+            file = open(self.path, "a+b")
+            try:
+                if self._take(file, deadline):
+                    self.file = file
+            except FileNotFoundError:       # its holder has just finished, and removed it
+                pass
+            finally:
+                if self.file is None:
+                    file.close()
+
+        me = {"host": socket.gethostname(), "kernel": _this_kernel(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self.file.truncate(0)
+        self.file.write(json.dumps(me).encode())
+        self.file.flush()
+        # a forked process would hold the lock for as long as it lives
+        os.register_at_fork(after_in_child=self.file.close)
+        self._done = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self._done.set()
+        with contextlib.suppress(OSError):
+            os.remove(self.path)
+        self.file.close()
+
+    def _beat(self):
+        while not self._done.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def _take(self, file, deadline):
+        """Whether the lock is ours now; False: try again. UserError if it is somebody's. FileNotFoundError if it has gone meanwhile."""
+        taken, by_kernel = False, True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:         # a file system without locks: the signs of life must do
+            by_kernel = False
+
+        holder = self._holder(file)
+        here = holder is None or holder["kernel"] == _this_kernel()
+        if taken and here:
+            raise UserError(self._taken(holder))
+        if holder and not (here and by_kernel) and self._shows_life():
+            raise UserError(self._taken(holder))
+        if taken:               # by a machine that is dead: the file server gives the lock up in a while
+            if time.monotonic() > deadline:
+                raise UserError(self._taken(holder))
+            return False
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+
+    def _holder(self, file):
+        """Who wrote the file -> {host, kernel, pid, since}; None if nobody has yet."""
+        file.seek(0)
+        try:
+            return parse_json(file.read().decode(), {"host": str, "kernel": str, "pid": int, "since": str})
+        except ValueError:
+            return None
+
+    def _taken(self, holder):
+        by = f"process {holder['pid']} on {holder['host']} since {holder['since']}" if holder else "another process"
+        return f"{self.what} is being worked on by {by} ({self.path}): wait until it has ended, or stop it"
+
+    def _shows_life(self):
+        """Looks for SILENCE whether the holder touches the file."""
+        print(f"{self.path} is of another machine: looking for {SILENCE} s whether its process lives", file=sys.stderr, flush=True)
+        first, until = os.stat(self.path).st_mtime_ns, time.monotonic() + SILENCE
+        while True:
+            last_look = time.monotonic() > until
+            with open(self.path, "rb") as file:     # opened anew, a network file system says the truth
+                if os.fstat(file.fileno()).st_mtime_ns != first:
+                    return True
+            if last_look:
+                return False
+            time.sleep(min(1, SILENCE / 4))
+
+
+@contextlib.contextmanager
+def alone(path, what):
+    """Lock, held by rank 0 for all of them."""
+    with Lock(path, what) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        yield
