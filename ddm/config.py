@@ -16,6 +16,7 @@ import difflib
 import inspect
 import json
 import os
+import textwrap
 import tomllib
 from typing import Any, Literal, get_args
 
@@ -54,7 +55,7 @@ class Data(Table):
     condition: Literal["none", "class", "text"] = key("text", "what the models are conditioned on")
     classes: int = key(1000, "number of classes, for condition = class", least=1)
     cond_dropout: float = key(
-        0.1, "share of samples whose condition is dropped, for guidance; in router and experts alike",
+        0.1, "share of samples that lose their condition (for guidance), router and experts alike",
         most=1)
 
     shuffle_block: int = key(
@@ -194,7 +195,7 @@ class Train(Table):
 
 
 class TrainRouter(Train):
-    """What differs from [train] when the router trains: any of its keys. This one always differs."""
+    """What differs from [train] when the router trains: any of its keys. These always differ."""
     steps: int = key(0, "optimiser steps (0: as many as cost 4% of the training FLOPs)")
 
 
@@ -303,7 +304,9 @@ def choices(table, key):
 
 def _limits(field):
     """-> (least, most) of a number's range, None where there is none."""
-    least = most = None
+    least = None
+    most = None
+    # pydantic keeps each bound of a field as an object of its own
     for bound in field.metadata:
         least = getattr(bound, "ge", least)
         most = getattr(bound, "le", most)
@@ -327,7 +330,9 @@ def _nearest(word, words):
     # for --lr it is a key of that name, however long its table's: --train.lr
     key = word.lstrip("-")
     same_key = [known for known in words if known.endswith(f".{key}")]
-    close = difflib.get_close_matches(word, same_key or words, n=1, cutoff=0.4)
+
+    cutoff = 0 if same_key else 0.5
+    close = difflib.get_close_matches(word, same_key or words, n=1, cutoff=cutoff)
     if not close:
         return ""
     return f"; did you mean {close[0]}?"
@@ -345,21 +350,25 @@ def _mistake(name, value, field, kind):
     """One line on a value that pydantic refused. kind: of its error, as "less_than_equal"."""
     least, most = _limits(field)
     said = f"{name} = {_shown(value)}"
-    if kind == "literal_error":
-        allowed = ", ".join(repr(choice) for choice in get_args(field.annotation))
+    options = get_args(field.annotation)
+
+    if options:
+        allowed = ", ".join(repr(option) for option in options)
         return f"{said} is not one of {allowed}"
     if kind in ("greater_than_equal", "finite_number"):
         return f"{said} must be a number of at least {least}"
     if kind == "less_than_equal":
         return f"{said} is a share, which is at most {most}"
-    return f"{said} is not {KINDS.get(field.annotation, 'a string')}"
+    return f"{said} is not {KINDS[field.annotation]}"
 
 
 def check(name, value):
     """The value of the key "table.key", as its type (1 -> 1.0). UserError: what it may be."""
     table, _, key = name.rpartition(".")
     field = TABLES[table].model_fields[key]
+
     try:
+        # the table's other keys have their defaults, so an error is of this one
         checked = TABLES[table].model_validate({key: value})
     except ValidationError as error:
         kind = error.errors()[0]["type"]
@@ -371,6 +380,7 @@ def _from_flag(name, text):
     """The text behind --table.key -> its value, unchecked. A number may be a percentage: 1%."""
     table, _, key = name.rpartition(".")
     kind = TABLES[table].model_fields[key].annotation
+
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -380,6 +390,8 @@ def _from_flag(name, text):
             return kind(text)
     except (KeyError, ValueError):
         raise UserError(f"{name} = {text!r} is not {KINDS[kind]}") from None
+
+    # a string, or one of a choice
     return text
 
 
@@ -403,9 +415,11 @@ def _read_table(path, entries, table, values):
     known = TABLES[table].model_fields if table else {}
     for key, value in entries.items():
         name = f"{table}.{key}" if table else key
+
         if isinstance(value, dict):
             if name not in TABLES:
                 raise UserError(f"{path}: unknown table [{name}]{_nearest(name, TABLES)}")
+            # TOML has [train.router] as a table within [train]
             _read_table(path, value, name, values)
         elif key not in known:
             raise UserError(f"{path}: unknown key {name}{_nearest(name, _all_keys())}")
@@ -418,6 +432,8 @@ def make_config(*layers):
     tables = {}
     for table in TABLES:
         tables[table] = {}
+
+    # the router's number of steps is never [train]'s, unless a layer says so
     for table in STAGES:
         for key in own_keys(table):
             tables[table][key] = TABLES[table].model_fields[key].default
@@ -427,6 +443,7 @@ def make_config(*layers):
             table, _, key = name.rpartition(".")
             tables[table][key] = check(name, value)
 
+    # what is left out here has its default in the table's class
     overrides = {}
     for table, stage in STAGES.items():
         overrides[stage] = tables.pop(table)
@@ -450,7 +467,7 @@ def flat(config):
 
 
 def write_toml(config, path):
-    """Writes a Config as a file that read_toml reads. It names every key, defaults too."""
+    """Writes a Config as a file that read_toml reads; keys with their defaults stand there, too."""
     lines = []
     for table in TABLES:
         lines.append(f"[{table}]")
@@ -467,6 +484,7 @@ def differences(old, new):
     for name in sorted({*old, *new}):
         before = repr(old[name]) if name in old else "missing"
         after = repr(new[name]) if name in new else "missing"
+        # of repr, so that 1 and 1.0 differ and nan does not
         if before != after:
             differing.append(f"{name} {before} / {after}")
     return ", ".join(differing)
@@ -499,10 +517,12 @@ class Parser(argparse.ArgumentParser):
     """argparse, with a mistake as a UserError and no flags cut short."""
 
     def __init__(self, doc, **options):
+        # resolve: a script may show a key in its --help by adding the flag once more
         super().__init__(description=doc, allow_abbrev=False, conflict_handler="resolve",
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
+        # argparse would print its usage and exit
         raise UserError(message)
 
 
@@ -515,8 +535,11 @@ def make_parser(doc, short_table=""):
     """
     epilog = "any key of the config is --table.key VALUE: docs/config.md"
     if short_table:
-        short = ", ".join(_short_flag(key) for key in TABLES[short_table].model_fields)
-        epilog = f"short for --{short_table}.KEY: {short}\n{epilog}"
+        short = " ".join(_short_flag(key) for key in TABLES[short_table].model_fields)
+        short = textwrap.fill(f"[{short_table}]'s keys also for short: {short}", width=80,
+                              break_on_hyphens=False)
+        epilog = f"{short}\n{epilog}"
+
     parser = Parser(doc, epilog=epilog)
     parser.add_argument("--run-dir", default="runs/ddm", metavar="DIR",
                         help="the run directory (default: runs/ddm)")
@@ -528,6 +551,7 @@ def make_parser(doc, short_table=""):
             names = [f"--{table}.{key}"]
             if table == short_table:
                 names.append(_short_flag(key))
+
             # a switch may stand alone
             alone = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
             parser.add_argument(*names, dest=f"{table}.{key}", default=argparse.SUPPRESS,
@@ -551,6 +575,7 @@ def parse(parser, argv=None):
         if "." not in name:
             continue
         delattr(args, name)
+
         # a flag of the script's own that was not given is None
         if text is not None:
             given[name] = check(name, _from_flag(name, text))
@@ -569,10 +594,12 @@ def model_config(config, table, space, clusters=0):
     if preset and preset not in PRESETS:
         raise UserError(f"{table}.preset = {preset!r} is not one of {', '.join(PRESETS)}")
 
+    # the preset's, and what is given over it
     shape = {"double": 0} | PRESETS.get(preset, {})
     for key, value in settings.items():
         if value:
             shape[key] = value
+
     unset = sorted(settings.keys() - shape.keys())
     if unset:
         needed = ", ".join(f"{table}.{key}" for key in unset)
@@ -585,6 +612,7 @@ def model_config(config, table, space, clusters=0):
         # words have numbers of the model's own table where no encoder makes token features
         shape["vocab"] = 0 if space.text_dim else config.text.vocab
         shape["length"] = config.text.length
+
     try:
         return ModelConfig(size=space.size, channels=space.channels, clusters=clusters,
                            condition=config.data.condition, **shape)
@@ -617,10 +645,13 @@ def check_config(config, space):
     if train.batch % experts:
         raise UserError(f"train.batch = {train.batch} is the whole ensemble's and must be a "
                         f"multiple of cluster.experts = {experts}, which share it")
+
+    # what cannot be built is refused with it
     model_config(config, "model", space)
     model_config(config, "router", space, clusters=experts)
 
     student = config.stage("student")
+    # as distill.py reads it
     batch = student.batch or max(1, train.batch // 4)
     if student.micro_batch and batch % student.micro_batch:
         raise UserError(f"the student's batch of {batch} must be a multiple of "
@@ -628,6 +659,7 @@ def check_config(config, space):
 
     check_sample(config.sample)
     strategy, number = check_strategy(config.sample.strategy)
+
     # the oracle's number is an expert's, the others' are counts
     most = experts - 1 if strategy == "oracle" else experts
     if strategy in ("top", "sample", "oracle") and number > most:
@@ -673,9 +705,12 @@ def reference():
     for table, table_class in TABLES.items():
         lines += [f"## [{table}]", "", inspect.getdoc(table_class), ""]
         lines += ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+
+        # [train.router] has all of [train]'s, which need no second description
         for key in own_keys(table):
             field = table_class.model_fields[key]
             default = json.dumps(field.default)
+            # a bar would end the cell
             meaning = field.description.replace("|", "\\|")
             lines.append(f"| `{key}` | `{default}` | {_allowed(field)} | {meaning} |")
         lines.append("")
