@@ -1,4 +1,4 @@
-"""The config and the command line: what a key may be, what a mistake is told, torchrun beside it."""
+"""The config and the command line: what a key may be, the line of each mistake, torchrun."""
 import argparse
 import copy
 import importlib
