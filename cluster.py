@@ -40,12 +40,12 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import training
 from data import check_members, decode, square, subset, usable
 from ddm import encoders, found
 from ddm.artifacts import read_description
 from ddm.codec import Space
 from ddm.config import (
+    check_config,
     differences,
     flat,
     make_config,
@@ -600,7 +600,7 @@ def main():
     if c.balance and not 1 / K <= c.balance <= 1:
         raise UserError(f"cluster.balance = {c.balance} must be between 1 / {K}, the share of {K} equal clusters, and 1")
     space = Space(config)      # found out now, not after hours: can the later stages work with this config?
-    training.check_config(config, space)
+    check_config(config, space)
     clusters_file = os.path.join(args.run_dir, "clusters.safetensors")
     folders = [os.path.join(args.run_dir, "shards", str(k)) for k in [*range(K), "router"]]
     old = read_old(clusters_file) if os.path.exists(clusters_file) else None

@@ -25,7 +25,7 @@ import flow
 import model as models
 import training
 from ddm import artifacts, encoders, plan
-from ddm.config import load_run, parse
+from ddm.config import model_config, load_run, parse
 from ddm.ensemble import Ensemble
 from ddm.errors import UserError, script
 from ddm.process import broadcast, on_rank_0, start
@@ -135,11 +135,11 @@ def main():
     args, given = parse(parser)
     config = load_run(args.run_dir, given, "student", args.plan)
     config.flow.objective, config.flow.path = "velocity", "linear"      # the student's, whatever its teachers'
-    train = training.stage_config(config, "student")
+    train = config.stage("student")
     K = config.cluster.experts
     train.batch = batch = train.batch or max(1, config.train.batch // 4)
     if args.plan is not None:       # teachers of the student's size: a forward of each image, and their weights
-        shape = training.model_config(config, "model", training.plan_space(args, config))
+        shape = model_config(config, "model", training.plan_space(args, config))
         return plan.report("student", shape, train, batch, config, teachers=K, resident=args.resident)
     clusters = read_clusters(args.run_dir)
     if there := set(map(str, range(K))) - set(training.find_shards(args.run_dir)):
@@ -156,7 +156,7 @@ def main():
         data = ByCluster(parts, micro)
         if config.autoencoder.name:
             on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures: missed now, not after hours
-        student_config = training.model_config(config, "model", space)
+        student_config = model_config(config, "model", space)
         info = training.describe(config, space, clusters) | {"objective": "velocity", "path": "linear", "shard": "student", "init": args.init}
         teachers = Ensemble(args.run_dir, ranks.device, require_all=True)
         if len(teachers.paths) != K:

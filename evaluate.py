@@ -27,8 +27,8 @@ from PIL import Image
 import flow
 from data import check_condition, mix, permute, square, subset
 from ddm import encoders
-from ddm.config import load_run, make_config, make_parser, parse
-from ddm.ensemble import DENSE, Ensemble, beginnings, check_settings, check_strategy, open_space
+from ddm.config import check_sample, check_strategy, load_run, make_config, make_parser, parse
+from ddm.ensemble import DENSE, Ensemble, beginnings, open_space
 from ddm.errors import UserError, script
 from ddm.features import (
     KEPT,
@@ -183,7 +183,7 @@ def open_run(run, args, given, ranks):
         raise UserError(f"--table strategies compares the ensemble's; of {run} only {' '.join(chosen)} is evaluated")
     if "sample.strategy" in given and (args.table == "strategies" or "ensemble" not in chosen):
         raise UserError(f"--strategy {settings.strategy} does nothing with" + (" --table strategies" if "ensemble" in chosen else "out the ensemble"))
-    check_settings(routed, given, "" if "ensemble" in chosen else chosen[0])
+    check_sample(routed)
     if args.loss and "ensemble" not in chosen:
         raise UserError(f"--loss {args.loss[0]} is a strategy of the ensemble, which is not evaluated")
     if args.clip and d.condition != "text":

@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 import flow
-from ddm.config import CONFIG, make_config, make_parser, parse, read_toml
-from ddm.ensemble import DENSE, Ensemble, beginnings, check_settings, check_strategy, open_space
+from ddm.config import Sample, check_sample, check_strategy, make_config, make_parser, parse, read_toml
+from ddm.ensemble import DENSE, Ensemble, beginnings, open_space
 from ddm.errors import UserError, script
 from ddm.files import atomic, read_text, try_file, try_folder
 from ddm.pictures import COLOURS, cut_label, label_font, picture_grid
@@ -181,7 +181,7 @@ def png_info(args, settings, prompt, seed, share=None):
     if share and not args.only:
         values["experts"] = " ".join(f"{k}:{s:.2f}" for k, s in enumerate(share) if s >= 0.005)
     values |= {key: value for key, value in vars(settings).items()      # what else makes another picture
-               if value != CONFIG["sample"][key][0] and key not in ("steps", "solver", "cfg", "strategy", "resident", "compile")}
+               if value != getattr(Sample(), key) and key not in ("steps", "solver", "cfg", "strategy", "resident", "compile")}
     chunks = PngInfo()
     for key, value in values.items():
         chunks.add_text(key, str(value))
@@ -217,7 +217,7 @@ def main():
         raise UserError(f"--num-images {args.num_images} and --batch {args.batch} must be at least 1")
     if not 0 <= args.seed < 2 ** 63 - args.num_images:
         raise UserError(f"--seed {args.seed} must be from 0 to 2^63")
-    check_settings(settings, given, args.only)
+    check_sample(settings)
     if os.path.splitext(args.out)[1].lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise UserError(f"--out {args.out}: give a name that ends in .png, or a folder")
     if args.negative_prompt and settings.cfg == 1:

@@ -18,7 +18,7 @@ import engine
 import flow
 import training
 from ddm import plan
-from ddm.config import load_run, parse
+from ddm.config import model_config, load_run, parse
 from ddm.errors import UserError, script
 from ddm.process import on_rank_0, start
 from ddm.run import read_clusters
@@ -31,14 +31,14 @@ def main():
     parser.add_argument("--shard", required=True, metavar="K", help="the cluster to train on: 0, 1, ..., or all for the monolith")
     args, given = parse(parser)
     config = load_run(args.run_dir, given, path=args.plan)
-    train = training.stage_config(config)
+    train = config.train
     K = config.cluster.experts
     if train.batch % K:
         raise UserError(f"train.batch = {train.batch} is the whole ensemble's and must be a multiple of its {K} experts")
     batch = train.batch if args.shard == "all" else train.batch // K      # equal compute: the monolith's batch, divided evenly
     name = f"expert-{args.shard}"
     if args.plan is not None:
-        return plan.report(name, training.model_config(config, "model", training.plan_space(args, config)), train, batch, config)
+        return plan.report(name, model_config(config, "model", training.plan_space(args, config)), train, batch, config)
 
     clusters = read_clusters(args.run_dir)
     there = training.find_shards(args.run_dir)
@@ -52,7 +52,7 @@ def main():
         data, space = training.open_shards(args.run_dir, there if args.shard == "all" else [args.shard], config, train, ranks, clusters, verify=args.verify)
         if space.config.autoencoder.name:
             on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
-        state = engine.State(args.run_dir, name, training.model_config(config, "model", space), train, ranks, config, space, batch,
+        state = engine.State(args.run_dir, name, model_config(config, "model", space), train, ranks, config, space, batch,
                              beside=space.weight_bytes(), shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
         info = training.describe(config, space, clusters) | {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
 

@@ -15,7 +15,7 @@ import engine
 import flow
 import training
 from ddm import plan
-from ddm.config import load_run, parse
+from ddm.config import model_config, load_run, parse
 from ddm.errors import script
 from ddm.plan import flops
 from ddm.process import start
@@ -26,9 +26,9 @@ from model import drop_condition
 
 def set_steps(train, config, space):
     """-> the router's ModelConfig; train.steps = 0 becomes 4% of the experts' training FLOPs, the paper's share."""
-    router_config = training.model_config(config, "router", space, clusters=config.cluster.experts)
+    router_config = model_config(config, "router", space, clusters=config.cluster.experts)
     if not train.steps:
-        expert, router = (flops(c) for c in (training.model_config(config, "model", space), router_config))
+        expert, router = (flops(c) for c in (model_config(config, "model", space), router_config))
         train.steps = math.ceil(0.04 * expert * config.train.steps * config.train.batch / (router * train.batch))
         if train.steps < 1000 and os.environ.get("RANK", "0") == "0":
             print(f"warning: 4% of the experts' training FLOPs are {train.steps} steps of the router, which may be too few to learn anything: "
@@ -40,7 +40,7 @@ def main():
     parser = training.stage_parser(__doc__, ["train", "train.router", "data", "router", "autoencoder", "text"])
     args, given = parse(parser)
     config = load_run(args.run_dir, given, "router", args.plan)
-    train = training.stage_config(config, "router")
+    train = config.stage("router")
     if args.plan is not None:
         return plan.report("router", set_steps(train, config, training.plan_space(args, config)), train, train.batch, config)
     clusters = read_clusters(args.run_dir)

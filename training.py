@@ -37,7 +37,7 @@ import torch
 import flow
 import model as models
 from data import TarDataset, collate, index_tar, mix, to_tensor
-from ddm import artifacts, encoders, ensemble, plan
+from ddm import artifacts, encoders, plan
 from ddm.codec import Space, read_cache
 from ddm.config import differences, make_parser
 from ddm.errors import UserError, end, kill_children
@@ -73,50 +73,6 @@ def plan_space(args, config):
         return Space(config, None, None if args.plan else read_clusters(args.run_dir).get("networks"))
     factor, channels = autoencoder
     return SimpleNamespace(size=config.data.size // factor, channels=channels, text_dim=sum(plan.TEXT_ENCODERS[name] for name in names))
-
-
-def stage_config(config, stage=""):
-    """[train] with the keys of [train.<stage>] that are set over it."""
-    values = dict(vars(config.train))
-    if stage:
-        values |= {k: v for k, v in vars(getattr(config, f"train_{stage}")).items() if v is not None}
-    return SimpleNamespace(**values)
-
-
-def model_config(config, table, space, clusters=0):
-    """The ModelConfig that [model] or [router] describes, in a pretrained.Space; clusters = K makes it a router's."""
-    settings = dict(vars(getattr(config, table)))
-    preset = settings.pop("preset")
-    if preset and preset not in models.PRESETS:
-        raise UserError(f"{table}.preset = {preset!r} is not one of {', '.join(models.PRESETS)}")
-    shape = {"double": 0} | models.PRESETS.get(preset, {}) | {k: v for k, v in settings.items() if v}
-    if unset := settings.keys() - shape.keys():
-        raise UserError(f"{table} has no preset, so it needs {', '.join(f'{table}.{k}' for k in sorted(unset))}, too")
-    condition = {"none": {}, "class": {"classes": config.data.classes},
-                 "text": {"text_dim": space.text_dim, "vocab": 0 if space.text_dim else config.text.vocab,
-                          "length": config.text.length}}[config.data.condition]
-    try:
-        return models.ModelConfig(space.size, space.channels, condition=config.data.condition, clusters=clusters, **condition, **shape)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def check_config(config, space):
-    """UserError for whatever can be known of a config to be wrong before there is any data, in any of the stages: found out now, not after days."""
-    K, train = config.cluster.experts, config.train
-    if train.batch % K:
-        raise UserError(f"train.batch = {train.batch} is the whole ensemble's and must be a multiple of cluster.experts = {K}, which share it")
-    model_config(config, "model", space)
-    model_config(config, "router", space, K)
-    student = stage_config(config, "student")
-    batch = student.batch or max(1, train.batch // 4)
-    if student.micro_batch and batch % student.micro_batch:
-        raise UserError(f"the student's batch of {batch} must be a multiple of train.student.micro_batch = {student.micro_batch}")
-    ensemble.check_settings(config.sample, {})
-    strategy, number = ensemble.check_strategy(config.sample.strategy)
-    most = K - 1 if strategy == "oracle" else K
-    if strategy in ("top", "sample", "oracle") and number > most:
-        raise UserError(f"sample.strategy = {config.sample.strategy!r}: there are cluster.experts = {K} experts, so the number is at most {most}")
 
 
 def describe(config, space, clusters):

@@ -1,280 +1,720 @@
-"""ddm.config"""
+"""The config: every key with its type, default, range and meaning; config.toml; the command line.
+
+An experiment is one TOML file. A class below is one of its tables, a field one of its keys. On the
+command line of every script a key is `--table.key VALUE`. Nothing is ignored: an unknown table, key
+or flag is an error that names the nearest one.
+
+    args, given = parse(make_parser(__doc__))       given: {"train.lr": 1e-4}, what the flags say
+    config = load_run(args.run_dir, given)          the run's config.toml, the flags over it
+    config.train.lr                                 [train], as an expert trains
+    config.stage("router").lr                       the same with [train.router] over it
+
+    python -m ddm.config > docs/config.md           makes the reference of all keys anew
+"""
 import argparse
 import difflib
+import inspect
 import json
-import math
 import os
-import re
+import textwrap
 import tomllib
-from types import SimpleNamespace
+from typing import Any, Literal, get_args
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import flow
 from ddm.errors import UserError
 from ddm.files import read_text, write_text
+from model import PRESETS, ModelConfig
+
+# ---- the tables ----------------------------------------------------------------------------------
 
 
-# table -> key -> (default, meaning[, the values allowed])
-CONFIG = {
-    "data": {
-        "size": (32, "pixels of the square training picture"),
-        "condition": ("text", "what the model is conditioned on", ("none", "class", "text")),
-        "classes": (1000, "number of classes, for condition = class"),
-        "cond_dropout": (0.1, "share of samples whose condition is dropped, in router and experts alike (for guidance)"),
-        "crop": ("center", "which square of a picture that is not one", ("center", "random")),
-        "flip": (True, "mirror half of the pictures"),
-        "shuffle_block": (1, "consecutive samples read together; 1 is the exact shuffle, larger suits network file systems"),
-        "workers": (-1, "decoding processes a rank; 0: none, -1: the cores left over, at most 8"),
-        "max_bad": (0.01, "share of samples that cannot be used above which a stage stops (also --max-bad 1%)"),
-        "use_latents": (True, "train on RUN/latents where cache_latents.py has made them; false: encode pictures on the fly"),
-    },
-    "features": {
-        "name": ("pixels", "what images are clustered by: DINOv2 or CLIP by hub name or folder; pixels: thumbnail and colours, no network"),
-        "pool": ("cls", "DINOv2's class token alone, or with the mean of the patches", ("cls", "cls+mean")),
-        "batch": (64, "images a forward pass"),
-        "precision": ("auto", "auto: bf16 on a GPU, fp32 on a CPU", ("auto", "bf16", "fp32")),
-    },
-    "cluster": {
-        "experts": (8, "number of clusters K, and so of experts"),
-        "fine_clusters": (1024, "fine centroids, at most a 39th of the images"),
-        "assign": ("coarse", "an image's cluster: of the nearest coarse centroid, of the nearest fine one, or random (a control)",
-                   ("coarse", "fine", "random")),
-        "balance": (0.0, "largest share of the images that a cluster may have; whole fine clusters are moved, so assign = fine (0: as it comes)"),
-        "seed": (0, "seed of k-means, of the random assignment and of the router's subset"),
-        "router_images": (2_000_000, "images that the router trains on, at most"),
-    },
-    "autoencoder": {
-        "name": ("", "AutoencoderKL or AutoencoderTiny by hub name or folder; empty: the model sees pixels"),
-        "precision": ("fp32", "of encoding, where a GPU multiplies fp32 in TF32; decoding is in bf16 on a GPU", ("fp32", "bf16")),
-    },
-    "text": {
-        "name": ("words", "a text encoder by hub name or folder, or several: A + B; words: an embedding of hashed words, learned inside the model"),
-        "length": (77, "words or tokens a caption, at most"),
-        "vocab": (16384, "rows of the table that words are hashed to, for name = words"),
-        "layer": ("last", "which layer's token features; Stable Diffusion XL takes the penultimate", ("last", "penultimate")),
-        "precision": ("auto", "auto: bf16 on a GPU, fp32 on a CPU; fp32 on a GPU multiplies in TF32", ("auto", "bf16", "fp32")),
-    },
-    "model": {
-        "preset": ("DiT-S/2", "DiT-{S,B,L,XL}/{2,4,8}, MMDiT-3B/{2,4,8}, or tiny/2, mini/2, MMDiT-tiny/2 for a CPU"),
-        "dim": (0, "hidden width (0: the preset's)"),
-        "depth": (0, "number of blocks (0: the preset's)"),
-        "heads": (0, "attention heads (0: the preset's)"),
-        "patch": (0, "side of a patch (0: the preset's)"),
-        "double": (0, "blocks with streams of their own for picture and text, which makes it an MMDiT (0: the preset's)"),
-    },
-    "router": {
-        "preset": ("DiT-S/4", "as in [model]"),
-        "dim": (0, "as in [model]"),
-        "depth": (0, "as in [model]"),
-        "heads": (0, "as in [model]"),
-        "patch": (0, "as in [model]"),
-    },
-    "flow": {
-        "objective": ("velocity", "what an expert predicts", ("velocity", "x0", "eps")),
-        "path": ("linear", "from data to noise, when an expert trains: rectified flow, or a variance-preserving schedule", ("linear", "cosine", "ddpm")),
-        "t_density": ("uniform", "density of t when an expert trains (the router's is uniform always)", ("uniform", "logit-normal")),
-        "shift": (1.0, "t' = shift t / (1 + (shift - 1) t), when an expert trains and when sampling"),
-    },
-    "train": {
-        "steps": (100_000, "optimiser steps"),
-        "batch": (256, "images a step of the whole ensemble: an expert takes batch / experts, the monolith and the router batch"),
-        "micro_batch": (0, "images a forward pass on each rank (0: all of the rank's at once)"),
-        "lr": (1e-4, "AdamW's learning rate"),
-        "warmup": (0, "steps of linear warm-up"),
-        "decay": (0, "last steps, in which the learning rate falls linearly to zero"),
-        "weight_decay": (0.0, "AdamW's weight decay"),
-        "grad_clip": (1.0, "largest norm of the gradient (0: not clipped)"),
-        "ema_decay": (0.9999, "decay of the averaged weights; min(ema_decay, (1 + n) / (10 + n)) after n steps"),
-        "parallel": ("auto", "several GPUs: ddp, each holds the whole model; fsdp, each a part of it; auto: fsdp if the whole does not fit", ("auto", "ddp", "fsdp")),
-        "activation_checkpointing": ("none", "what a block forgets until the backward pass: nothing; all but matrix products and attention; everything",
-                                     ("none", "selective", "block")),
-        "compile": ("auto", "torch.compile the blocks, which takes a minute at first. auto: on a GPU", ("auto", "yes", "no")),
-        "precision": ("auto", "auto: bf16 autocast on a GPU, fp32 on a CPU; fp32 on a GPU multiplies in TF32", ("auto", "bf16", "fp32")),
-        "export": ("fp32", "dtype of the exported weights", ("fp32", "bf16")),
-        "seed": (0, "seed of the initial weights, the order of the data and the noise"),
-        "save_every": (1000, "steps between checkpoints"),
-        "keep_last": (2, "checkpoints that are kept, the newest"),
-        "keep_every": (0, "and those of steps that are a multiple of this (0: none)"),
-        "max_nonfinite": (10, "steps in a row with a gradient that is not finite, after which training stops; each is skipped"),
-        "timeout": (1800, "seconds without a step after which a rank that hangs, or waits for one that does, ends the run (0: never)"),
-        "sample_every": (1000, "steps between sample grids of an expert (0: none but the last)"),
-        "log_every": (50, "steps between rows of the log"),
-    },
-    "train.router": {},     # what differs from [train] when the router or the student trains; filled in below
-    "train.student": {},
-    "plan": {
-        "gpus": (8, "number of GPUs"),
-        "gpu": ("H100", "their kind, of which plan.py knows peak rate and memory",
-                ("B200", "GB200", "GH200", "H200 NVL", "H200", "H100 NVL", "H100 PCIe", "H100", "H20", "A100", "L40S", "L40", "L4", "A40", "A10G", "A10",
-                 "RTX A6000", "RTX 6000 Ada", "RTX 5090", "RTX 4090", "RTX 3090", "MI300X")),
-        "mfu": (0.4, "share of the peak rate that training reaches (model FLOPs utilisation)"),
-        "step_seconds": (0.0, "a step time from elsewhere, to say which MFU and batch it implies (0: none)"),
-    },
-    "sample": {
-        "steps": (50, "steps of the solver"),
-        "solver": ("euler", "first order; second order with two forwards a step; second order with one", ("euler", "heun", "ab2")),
-        "shift": (0.0, "t' = shift t / (1 + (shift - 1) t) of the solver's times (0: as the experts were trained)"),
-        "cfg": (4.0, "guidance scale w in v_u + w (v_c - v_u); 1: none"),
-        "cfg_low": (0.0, "guidance from this t"),
-        "cfg_high": (1.0, "to this; outside, the conditional branch alone"),
-        "cfg_routing": ("shared", "the conditional branch's experts make both branches, or each branch asks the router for its own", ("shared", "own")),
-        "strategy": ("top-1", "which experts make a step: full, top-N, sample-N, threshold-P, nucleus-P, once or oracle-N"),
-        "router_temperature": (1.0, "the router's logits are divided by it"),
-        "route_every": (1, "forwards that one answer of the router is used for (once and oracle-N keep theirs anyway)"),
-        "route_epsilon": (0.001, "with route_every > 1: an expert with at least 1 - epsilon is kept to the end, the router not asked again (0: never)"),
-        "resident": (0, "experts on the device at most; 0: all that are used"),
-        "precision": ("auto", "of the weights. auto: bf16 on a GPU, fp32 on a CPU; fp32 on a GPU multiplies in TF32", ("auto", "bf16", "fp32")),
-        "compile": (False, "torch.compile the models' blocks: a minute at first, for long runs"),
-    },
+class Table(BaseModel):
+    """A table of the config. No unknown key, no number in quotes; a whole number may be a float."""
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def key(default, meaning, least=0, most=None):
+    """A key of a table. least, most: a number's range; where none is given it is not negative."""
+    if type(default) not in (int, float):
+        return Field(default, description=meaning)
+    return Field(default, description=meaning, ge=least, le=most)
+
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class Data(Table):
+    """What a training image is, what it is conditioned on, and how both are read."""
+    size: int = key(32, "pixels a side of the training image, a square", least=1)
+    crop: Literal["center", "random"] = key("center", "which square of an image that is not one")
+    flip: bool = key(True, "mirror half of the images")
+
+    condition: Literal["none", "class", "text"] = key("text", "what the models are conditioned on")
+    classes: int = key(1000, "number of classes, for condition = class", least=1)
+    cond_dropout: float = key(
+        0.1, "share of samples that lose their condition (for guidance), router and experts alike",
+        most=1)
+
+    shuffle_block: int = key(
+        1, "consecutive samples that are read together; 1 is the exact shuffle, "
+        "larger suits network file systems", least=1)
+    workers: int = key(
+        -1, "decoding processes a rank; 0: none, -1: the cores left over, at most 8", least=-1)
+    max_bad: float = key(0.01, "share of unusable samples above which a stage stops", most=1)
+    use_latents: bool = key(
+        True, "train on RUN/latents where cache_latents.py has made them; "
+        "false: encode images on the fly")
+
+
+class Features(Table):
+    """What images are clustered by."""
+    name: str = key(
+        "pixels", "DINOv2 or CLIP by hub name or folder; pixels: thumbnail and colours, no network")
+    pool: Literal["cls", "cls+mean"] = key(
+        "cls", "DINOv2's class token alone, or with the mean of the patches")
+    batch: int = key(64, "images a forward pass", least=1)
+    precision: Precision = key("auto", "auto: bf16 on a GPU, fp32 on a CPU")
+
+
+class Cluster(Table):
+    """The partition: k-means to fine clusters, then of their centroids to one for each expert."""
+    experts: int = key(8, "number of clusters K, and so of experts", least=1)
+    fine_clusters: int = key(1024, "fine centroids, at most a 39th of the images", least=1)
+    assign: Literal["coarse", "fine", "random"] = key(
+        "coarse", "an image's cluster: of the nearest coarse centroid, of the nearest fine one, "
+        "or random (a control)")
+    balance: float = key(
+        0.0, "largest share of the images that a cluster may have; whole fine clusters are moved, "
+        "so assign = fine (0: as it comes)", most=1)
+    seed: int = key(0, "seed of k-means, of the random assignment and of the router's subset")
+    router_images: int = key(2_000_000, "images that the router trains on, at most", least=1)
+
+
+class Autoencoder(Table):
+    """The frozen autoencoder in whose latents the models work."""
+    name: str = key(
+        "", "AutoencoderKL or AutoencoderTiny by hub name or folder; empty: the models see pixels")
+    precision: Literal["fp32", "bf16"] = key(
+        "fp32", "of encoding, where a GPU multiplies fp32 in TF32; decoding is in bf16 on a GPU")
+
+
+class Text(Table):
+    """How captions are read, for condition = text."""
+    name: str = key(
+        "words", "a frozen text encoder by hub name or folder, or several: A + B; "
+        "words: an embedding of hashed words, learned inside the model")
+    length: int = key(77, "words or tokens a caption, at most", least=1)
+    vocab: int = key(16384, "rows of the table that words are hashed to, for name = words", least=2)
+    layer: Literal["last", "penultimate"] = key(
+        "last", "which layer's token features; Stable Diffusion XL takes the penultimate")
+    precision: Precision = key(
+        "auto", "auto: bf16 on a GPU, fp32 on a CPU; fp32 on a GPU multiplies in TF32")
+
+
+class Model(Table):
+    """An expert, the monolith and the student. A number other than 0 replaces the preset's."""
+    preset: str = key(
+        "DiT-S/2", "DiT-{S,B,L,XL}/{2,4,8}, MMDiT-3B/{2,4,8}, "
+        "or tiny/2, mini/2, MMDiT-tiny/2 for a CPU")
+    dim: int = key(0, "hidden width")
+    depth: int = key(0, "number of blocks")
+    heads: int = key(0, "attention heads")
+    patch: int = key(0, "side of a patch")
+    double: int = key(
+        0, "blocks with streams of their own for image and text, which makes it an MMDiT")
+
+
+class Router(Table):
+    """The router's model. A number other than 0 replaces the preset's."""
+    preset: str = key("DiT-S/4", "as in [model], but no MMDiT")
+    dim: int = key(0, "hidden width")
+    depth: int = key(0, "number of blocks")
+    heads: int = key(0, "attention heads")
+    patch: int = key(0, "side of a patch")
+
+
+class Flow(Table):
+    """What an expert learns: the path from data (t = 0) to noise (t = 1), and what it predicts."""
+    objective: Literal["velocity", "x0", "eps"] = key("velocity", "what an expert predicts")
+    path: Literal["linear", "cosine", "ddpm"] = key(
+        "linear", "linear: rectified flow; cosine, ddpm: variance-preserving schedules")
+    t_density: Literal["uniform", "logit-normal"] = key(
+        "uniform", "density of t when an expert trains; the router's is always uniform")
+    shift: float = key(
+        1.0, "t' = shift t / (1 + (shift - 1) t), when an expert trains and when sampling",
+        least=0.01)
+
+
+class Train(Table):
+    """How a model trains: as it stands here an expert or the monolith."""
+    steps: int = key(100_000, "optimiser steps", least=1)
+    batch: int = key(
+        256, "images a step of the whole ensemble: an expert takes batch / experts, "
+        "the monolith and the router batch", least=1)
+    micro_batch: int = key(0, "images a forward pass on each rank (0: all of the rank's at once)")
+
+    lr: float = key(1e-4, "AdamW's learning rate")
+    warmup: int = key(0, "first steps, in which the learning rate rises linearly")
+    decay: int = key(0, "last steps, in which the learning rate falls linearly to zero")
+    weight_decay: float = key(0.0, "AdamW's weight decay")
+    grad_clip: float = key(1.0, "largest norm of the gradient (0: not clipped)")
+    ema_decay: float = key(
+        0.9999, "decay of the EMA weights; min(ema_decay, (1 + n) / (10 + n)) after n steps")
+    seed: int = key(0, "seed of the initial weights, the order of the data and the noise")
+
+    # memory and speed
+    parallel: Literal["auto", "ddp", "fsdp"] = key(
+        "auto", "several GPUs: ddp, each holds the whole model; fsdp, each a part of it; "
+        "auto: fsdp if the whole does not fit")
+    activation_checkpointing: Literal["none", "selective", "block"] = key(
+        "none", "what a block forgets until the backward pass: nothing; "
+        "all but matrix products and attention; everything")
+    compile: Literal["auto", "yes", "no"] = key(
+        "auto", "torch.compile the blocks, which takes a minute at first; auto: on a GPU")
+    precision: Precision = key(
+        "auto", "auto: bf16 autocast on a GPU, fp32 on a CPU; fp32 on a GPU multiplies in TF32")
+
+    # what is written, and how often
+    export: Literal["fp32", "bf16"] = key("fp32", "dtype of the exported weights")
+    save_every: int = key(1000, "steps between checkpoints", least=1)
+    keep_last: int = key(2, "checkpoints that are kept, the newest", least=1)
+    keep_every: int = key(0, "and those of steps that are a multiple of this (0: none)")
+    sample_every: int = key(1000, "steps between sample grids of an expert (0: none but the last)")
+    log_every: int = key(50, "steps between rows of the log", least=1)
+
+    # what ends a run
+    max_nonfinite: int = key(
+        10, "steps in a row with a gradient that is not finite, after which training stops; "
+        "each is skipped", least=1)
+    timeout: int = key(
+        1800, "seconds without a step after which a rank that hangs, or waits for one that does, "
+        "ends the run (0: never)")
+
+
+class TrainRouter(Train):
+    """What differs from [train] when the router trains: any of its keys. These always differ."""
+    steps: int = key(0, "optimiser steps (0: as many as cost 4% of the training FLOPs)")
+
+
+class TrainStudent(Train):
+    """What differs from [train] when the student trains: any of its keys. These always differ."""
+    batch: int = key(0, "images a step (0: a quarter of [train]'s, as in the paper)")
+    micro_batch: int = key(0, "images a forward pass, all of one cluster (0: batch / experts)")
+
+
+class Plan(Table):
+    """What --plan reckons with, which trains nothing and says what a training needs."""
+    gpus: int = key(8, "number of GPUs", least=1)
+    gpu: str = key(
+        "H100", "their kind: B200, H200, A100, L40S, RTX 4090, ... (DEVICES in ddm/plan.py)")
+    mfu: float = key(
+        0.4, "share of the peak rate that training reaches (model FLOPs utilisation)", least=0.001)
+    step_seconds: float = key(
+        0.0, "a step time from elsewhere, to say which MFU and batch it implies (0: none)")
+
+
+class Sample(Table):
+    """How images are sampled; for sample.py and evaluate.py --strategy, --cfg ... for short."""
+    steps: int = key(50, "steps of the solver", least=1)
+    solver: Literal["euler", "heun", "ab2"] = key(
+        "euler", "first order; second order with two forwards a step; second order with one")
+    shift: float = key(
+        0.0, "t' = shift t / (1 + (shift - 1) t) of the solver's times (0: as the experts trained)")
+
+    cfg: float = key(4.0, "guidance scale w in v_u + w (v_c - v_u); 1: no guidance")
+    cfg_low: float = key(0.0, "guidance from this t")
+    cfg_high: float = key(1.0, "to this, at most 1; outside, the conditional branch alone")
+    cfg_routing: Literal["shared", "own"] = key(
+        "shared", "the conditional branch's experts make both branches, "
+        "or each branch asks the router for its own")
+
+    strategy: str = key(
+        "top-1", "which experts make a step: full, top-N, sample-N, threshold-P, nucleus-P, "
+        "once or oracle-N")
+    router_temperature: float = key(1.0, "the router's logits are divided by it", least=1e-6)
+    route_every: int = key(
+        1, "forwards that one answer of the router is used for (once and oracle-N keep theirs)",
+        least=1)
+    route_epsilon: float = key(
+        0.001, "with route_every > 1: an expert with at least 1 - epsilon is kept to the end, "
+        "the router not asked again (0: never); less than 1")
+
+    resident: int = key(0, "experts on the device at most (0: all that are used)")
+    precision: Precision = key(
+        "auto", "of the weights; auto: bf16 on a GPU, fp32 on a CPU; "
+        "fp32 on a GPU multiplies in TF32")
+    compile: bool = key(False, "torch.compile the models' blocks: a minute at first, for long runs")
+
+
+# in the order of config.toml and of docs/config.md
+TABLES = {
+    "data": Data,
+    "features": Features,
+    "cluster": Cluster,
+    "autoencoder": Autoencoder,
+    "text": Text,
+    "model": Model,
+    "router": Router,
+    "flow": Flow,
+    "train": Train,
+    "train.router": TrainRouter,
+    "train.student": TrainStudent,
+    "plan": Plan,
+    "sample": Sample,
 }
-for _stage in ("router", "student"):
-    CONFIG[f"train.{_stage}"] = {key: (None, f"{entry[1]} ([train]'s if not given)", *entry[2:]) for key, entry in CONFIG["train"].items()}
-CONFIG["train.router"]["steps"] = (0, "optimiser steps (0: so many that the router costs 4% of the training FLOPs)")
-CONFIG["train.student"]["batch"] = (0, "images a step (0: a quarter of [train]'s, as in the paper)")
-CONFIG["train.student"]["micro_batch"] = (0, "images a forward pass, all of one cluster (0: batch / experts)")
-# the least value of a number, where it is not 0
-LEAST = {"data.size": 1, "data.classes": 1, "data.shuffle_block": 1, "data.workers": -1, "features.batch": 1, "cluster.experts": 1, "cluster.fine_clusters": 1,
-         "cluster.router_images": 1, "text.length": 1, "text.vocab": 2, "flow.shift": 0.01, "train.steps": 1, "train.batch": 1,
-         "train.log_every": 1, "train.save_every": 1, "train.keep_last": 1, "train.max_nonfinite": 1, "train.router.steps": 0, "train.student.batch": 0, "sample.steps": 1, "sample.router_temperature": 1e-6,
-         "sample.route_every": 1, "plan.gpus": 1, "plan.mfu": 0.001}
-MOST = {"data.max_bad": 1, "data.cond_dropout": 1, "cluster.balance": 1}     # and the largest, where it is not infinite
+# the tables that are laid over [train]
+STAGES = {"train.router": "router", "train.student": "student"}
+
+
+class Config(BaseModel):
+    """An experiment: config.data.size. Values may be assigned; make_config makes one."""
+    data: Data
+    features: Features
+    cluster: Cluster
+    autoencoder: Autoencoder
+    text: Text
+    model: Model
+    router: Router
+    flow: Flow
+    train: Train
+    # stage -> key -> value, of what differs from [train]: [train.router] and [train.student]
+    overrides: dict[str, dict[str, Any]]
+    plan: Plan
+    sample: Sample
+
+    def stage(self, name):
+        """[train] with the keys of [train.NAME] over it; name: "router" or "student"."""
+        values = dict(self.train) | self.overrides[name]
+        return TABLES[f"train.{name}"](**values)
+
+
+def own_keys(table):
+    """The keys that stand in a table's class itself: of [train.router] those with own defaults."""
+    return list(inspect.get_annotations(TABLES[table]))
+
+
+def choices(table, key):
+    """The values that a key may have, for a key that has a choice; else ()."""
+    annotation = TABLES[table].model_fields[key].annotation
+    return get_args(annotation)
+
+
+def _limits(field):
+    """-> (least, most) of a number's range, None where there is none."""
+    least = None
+    most = None
+    # pydantic keeps each bound of a field as an object of its own
+    for bound in field.metadata:
+        least = getattr(bound, "ge", least)
+        most = getattr(bound, "le", most)
+    return least, most
+
+
+def _all_keys():
+    names = []
+    for table, table_class in TABLES.items():
+        names += [f"{table}.{key}" for key in table_class.model_fields]
+    return names
+
+
+# ---- one value, and what is wrong with it --------------------------------------------------------
+
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def _nearest(word, words):
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    """'; did you mean ...?' for the nearest of `words`, or nothing where none is near."""
+    # for --lr it is a key of that name, however long its table's: --train.lr
+    key = word.lstrip("-")
+    same_key = [known for known in words if known.endswith(f".{key}")]
+
+    cutoff = 0 if same_key else 0.5
+    close = difflib.get_close_matches(word, same_key or words, n=1, cutoff=cutoff)
+    if not close:
+        return ""
+    return f"; did you mean {close[0]}?"
 
 
-def _checked(name, value, entry):
-    """value of config key `name`, as the type of its default; UserError if it is another type or not among the choices."""
-    default, choices = entry[0], entry[2] if len(entry) > 2 else None
-    if default is None:     # a key of [train.router] or [train.student]
-        default = CONFIG["train"][name.rsplit(".", 1)[1]][0]
-    if isinstance(value, str) and not isinstance(default, str):     # from the command line
-        try:
-            if isinstance(default, float) and value.endswith("%"):
-                value = float(value[:-1]) / 100
-            else:
-                value = {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)
-        except (KeyError, ValueError):
-            raise UserError(f"{name} = {value!r} is not {KINDS[type(default)]}") from None
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(default):
-        raise UserError(f"{name} = {value!r} is not {KINDS[type(default)]}")
-    if choices and value not in choices:
-        raise UserError(f"{name} = {value!r} is not one of {', '.join(repr(c) for c in choices)}")
-    least = LEAST.get(name, LEAST.get(re.sub(r"^train\.\w+\.", "train.", name), 0))
-    if isinstance(value, (int, float)) and not least <= value < math.inf:
-        raise UserError(f"{name} = {value!r} must be a number of at least {least}")
-    if name in MOST and value > MOST[name]:
-        raise UserError(f"{name} = {value!r} is a share, which is at most {MOST[name]}")
-    return value
+def _shown(value):
+    """repr; Python refuses that of a number of thousands of digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
+
+def _mistake(name, value, field, kind):
+    """One line on a value that pydantic refused. kind: of its error, as "less_than_equal"."""
+    least, most = _limits(field)
+    said = f"{name} = {_shown(value)}"
+    options = get_args(field.annotation)
+
+    if options:
+        allowed = ", ".join(repr(option) for option in options)
+        return f"{said} is not one of {allowed}"
+    if kind in ("greater_than_equal", "finite_number"):
+        return f"{said} must be a number of at least {least}"
+    if kind == "less_than_equal":
+        return f"{said} is a share, which is at most {most}"
+    return f"{said} is not {KINDS[field.annotation]}"
+
+
+def check(name, value):
+    """The value of the key "table.key", as its type (1 -> 1.0). UserError: what it may be."""
+    table, _, key = name.rpartition(".")
+    field = TABLES[table].model_fields[key]
+
+    try:
+        # the table's other keys have their defaults, so an error is of this one
+        checked = TABLES[table].model_validate({key: value})
+    except ValidationError as error:
+        kind = error.errors()[0]["type"]
+        raise UserError(_mistake(name, value, field, kind)) from None
+    return getattr(checked, key)
+
+
+def _from_flag(name, text):
+    """The text behind --table.key -> its value, unchecked. A number may be a percentage: 1%."""
+    table, _, key = name.rpartition(".")
+    kind = TABLES[table].model_fields[key].annotation
+
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is float and text.endswith("%"):
+            return float(text[:-1]) / 100
+        if kind in (int, float):
+            return kind(text)
+    except (KeyError, ValueError):
+        raise UserError(f"{name} = {text!r} is not {KINDS[kind]}") from None
+
+    # a string, or one of a choice
+    return text
+
+
+# ---- config.toml ---------------------------------------------------------------------------------
 
 def read_toml(path):
-    """-> {"table.key": value} of one config file; UserError on an unknown table or key, or a wrong type."""
+    """-> {"table.key": value} of a config file. UserError for an unknown key or a wrong value."""
     try:
         tables = tomllib.loads(read_text(path))
-    except (ValueError, RecursionError) as error:       # not TOML, nested to death
+    except (ValueError, RecursionError) as error:
+        # no TOML, a number of too many digits, nested to death
         raise UserError(f"cannot read config {path}: {error}") from None
+
     values = {}
-
-    def walk(table, prefix):
-        for key, value in table.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, dict):
-                if name not in CONFIG:
-                    raise UserError(f"{path}: unknown table [{name}]{_nearest(name, CONFIG)}")
-                walk(value, f"{name}.")
-                continue
-            keys = CONFIG.get(prefix[:-1], {})
-            if key not in keys:
-                raise UserError(f"{path}: unknown key {name}{_nearest(name, [f'{t}.{k}' for t in CONFIG for k in CONFIG[t]])}")
-            try:
-                values[name] = _checked(name, value, keys[key])
-            except (ValueError, OverflowError) as error:        # a number of so many digits that it is no float, or cannot be shown
-                raise UserError(f"{path}: {name} is out of all bounds: {error}") from None
-
-    walk(tables, "")
+    _read_table(path, tables, "", values)
     return values
 
 
+def _read_table(path, entries, table, values):
+    """Adds the keys of a table of the file `path`, and of the tables within it, to `values`."""
+    known = TABLES[table].model_fields if table else {}
+    for key, value in entries.items():
+        name = f"{table}.{key}" if table else key
+
+        if isinstance(value, dict):
+            if name not in TABLES:
+                raise UserError(f"{path}: unknown table [{name}]{_nearest(name, TABLES)}")
+            # TOML has [train.router] as a table within [train]
+            _read_table(path, value, name, values)
+        elif key not in known:
+            raise UserError(f"{path}: unknown key {name}{_nearest(name, _all_keys())}")
+        else:
+            values[name] = check(name, value)
+
+
 def make_config(*layers):
-    """Defaults, then each layer of {"table.key": value} over the ones before -> namespaces: config.data.size."""
-    config = SimpleNamespace(**{t.replace(".", "_"): SimpleNamespace(**{k: e[0] for k, e in keys.items()}) for t, keys in CONFIG.items()})
+    """The defaults, each layer of {"table.key": value} over the ones before -> Config."""
+    tables = {}
+    for table in TABLES:
+        tables[table] = {}
+
+    # the router's number of steps is never [train]'s, unless a layer says so
+    for table in STAGES:
+        for key in own_keys(table):
+            tables[table][key] = TABLES[table].model_fields[key].default
+
     for layer in layers:
         for name, value in layer.items():
-            table, key = name.rsplit(".", 1)
-            setattr(getattr(config, table.replace(".", "_")), key, value)
-    return config
+            table, _, key = name.rpartition(".")
+            tables[table][key] = check(name, value)
+
+    # what is left out here has its default in the table's class
+    overrides = {}
+    for table, stage in STAGES.items():
+        overrides[stage] = tables.pop(table)
+    return Config(overrides=overrides, **tables)
+
+
+def _entries(config, table):
+    """{key: value} of a table; of [train.router] and [train.student] what is set there."""
+    if table in STAGES:
+        return config.overrides[STAGES[table]]
+    return dict(getattr(config, table))
 
 
 def flat(config):
-    """A config as {"table.key": value}, keys of [train.router] and [train.student] only where they are set."""
-    values = {f"{t}.{k}": getattr(getattr(config, t.replace(".", "_")), k) for t in CONFIG for k in CONFIG[t]}
-    return {name: value for name, value in values.items() if value is not None}
+    """A Config as {"table.key": value}."""
+    values = {}
+    for table in TABLES:
+        for key, value in _entries(config, table).items():
+            values[f"{table}.{key}"] = value
+    return values
 
 
 def write_toml(config, path):
-    values, lines = flat(config), []
-    for table, keys in CONFIG.items():
+    """Writes a Config as a file that read_toml reads; keys with their defaults stand there, too."""
+    lines = []
+    for table in TABLES:
         lines.append(f"[{table}]")
-        lines += [f"{k} = {json.dumps(values[f'{table}.{k}'], ensure_ascii=False)}" for k in keys if f"{table}.{k}" in values]
+        for key, value in _entries(config, table).items():
+            # TOML spells these types as JSON does
+            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
         lines.append("")
-    write_text(path, "\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines))
 
 
 def differences(old, new):
     """The keys in which two {"table.key": value} differ, as 'data.size 32 / 64, ...'."""
-    def shown(values, key):
-        return repr(values[key]) if key in values else "missing"
+    differing = []
+    for name in sorted({*old, *new}):
+        before = repr(old[name]) if name in old else "missing"
+        after = repr(new[name]) if name in new else "missing"
+        # of repr, so that 1 and 1.0 differ and nan does not
+        if before != after:
+            differing.append(f"{name} {before} / {after}")
+    return ", ".join(differing)
 
-    return ", ".join(f"{k} {shown(old, k)} / {shown(new, k)}" for k in sorted({*old, *new}) if shown(old, k) != shown(new, k))
+
+def load_run(run_dir, given, stage="", path=""):
+    """The config that cluster.py wrote into the run, or that of the file `path`, `given` over it.
+
+    stage: "router" or "student"; what `given` has of [train] goes over [train.<stage>] then.
+    UserError if there is no such run.
+    """
+    if not path:
+        path = os.path.join(run_dir, "config.toml")
+        if not os.path.exists(path):
+            raise UserError(f"no run at {run_dir} ({path} is missing): "
+                            f"make it with cluster.py --run-dir {run_dir} --data ...")
+
+    flags = {}
+    for name, value in given.items():
+        table, _, key = name.rpartition(".")
+        if stage and table == "train":
+            name = f"train.{stage}.{key}"
+        flags[name] = value
+    return make_config(read_toml(path), flags)
 
 
-class _Parser(argparse.ArgumentParser):
+# ---- the command line ----------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a mistake as a UserError and no flags cut short."""
+
+    def __init__(self, doc, **options):
+        # resolve: a script may show a key in its --help by adding the flag once more
+        super().__init__(description=doc, allow_abbrev=False, conflict_handler="resolve",
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
     def error(self, message):
+        # argparse would print its usage and exit
         raise UserError(message)
 
 
-def make_parser(doc, short_table="", run=True):
-    """A parser with --run-dir, --device and, not in its help, a flag for each key of the config; its help is the script's docstring.
+def make_parser(doc, short_table=""):
+    """A stage's parser with --run-dir, --device and, not shown by --help, a flag for each key.
 
-    short_table: its keys have short forms, too: --route-every is --sample.route_every.
+    doc: the script's docstring. short_table: "sample" gives its keys short flags as well, as
+    --route-every for --sample.route_every. A flag of the script's own whose dest is "table.key"
+    sets that key; one that is named --table.key shows it in --help.
     """
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    if run:
-        parser.add_argument("--run-dir", default="runs/ddm", metavar="DIR", help="the run's folder (default: runs/ddm)")
-        parser.add_argument("--device", default="", help="cpu | cuda | cuda:1 (default: the best there is)")
-    for table in CONFIG if run else []:
-        for key, (default, _, *_) in CONFIG[table].items():
-            short = [f"--{key.replace('_', '-')}"] if table == short_table else []
-            switch = {"nargs": "?", "const": "true"} if default is False else {}
-            parser.add_argument(*short, f"--{table}.{key}", dest=f"{table}.{key}", metavar="X", **switch, help=argparse.SUPPRESS)
+    epilog = "any key of the config is --table.key VALUE: docs/config.md"
+    if short_table:
+        short = " ".join(_short_flag(key) for key in TABLES[short_table].model_fields)
+        short = textwrap.fill(f"[{short_table}]'s keys also for short: {short}", width=80,
+                              break_on_hyphens=False)
+        epilog = f"{short}\n{epilog}"
+
+    parser = Parser(doc, epilog=epilog)
+    parser.add_argument("--run-dir", default="runs/ddm", metavar="DIR",
+                        help="the run directory (default: runs/ddm)")
+    parser.add_argument("--device", default="",
+                        help="cpu | cuda | cuda:1 (default: the best there is)")
+
+    for table, table_class in TABLES.items():
+        for key, field in table_class.model_fields.items():
+            names = [f"--{table}.{key}"]
+            if table == short_table:
+                names.append(_short_flag(key))
+
+            # a switch may stand alone
+            alone = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+            parser.add_argument(*names, dest=f"{table}.{key}", default=argparse.SUPPRESS,
+                                help=argparse.SUPPRESS, **alone)
     return parser
 
 
+def _short_flag(key):
+    return f"--{key.replace('_', '-')}"
+
+
 def parse(parser, argv=None):
-    """-> (args, {"table.key": value} of the config flags given). UserError names the nearest flag to an unknown one."""
+    """-> (args, {"table.key": value} of the config's flags). UserError names the nearest flag."""
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UserError(f"unknown argument {flag}{_nearest(flag, parser._option_string_actions)}")
-    given = {n: _checked(n, v, CONFIG[n.rsplit(".", 1)[0]][n.rsplit(".", 1)[1]])
-             for n, v in vars(args).items() if "." in n and v is not None}
+
+    given = {}
+    for name, text in list(vars(args).items()):
+        if "." not in name:
+            continue
+        delattr(args, name)
+
+        # a flag of the script's own that was not given is None
+        if text is not None:
+            given[name] = check(name, _from_flag(name, text))
     return args, given
 
 
-def load_run(run, given, stage="", path=""):
-    """The config that cluster.py wrote into the run, or that of the file `path`, with the flags given over it.
+# ---- what a config means together ----------------------------------------------------------------
 
-    stage: whose flags --train.* are, "router" or "student".
+def model_config(config, table, space, clusters=0):
+    """The ModelConfig that [model] or [router] describes, in a Space. clusters: K, of a router.
+
+    UserError for a preset that there is not, or a shape that cannot be.
     """
-    if stage:       # they go over [train.<stage>]
-        given = {f"train.{stage}.{n.rpartition('.')[2]}" if n.startswith("train.") else n: v for n, v in given.items()}
-    if path:
-        return make_config(read_toml(path), given)
-    path = os.path.join(run, "config.toml")
-    if not os.path.exists(path):
-        raise UserError(f"no run at {run} ({path} is missing): make it with cluster.py --run-dir {run} --data ...")
-    return make_config(read_toml(path), given)
+    settings = dict(getattr(config, table))
+    preset = settings.pop("preset")
+    if preset and preset not in PRESETS:
+        raise UserError(f"{table}.preset = {preset!r} is not one of {', '.join(PRESETS)}")
+
+    # the preset's, and what is given over it
+    shape = {"double": 0} | PRESETS.get(preset, {})
+    for key, value in settings.items():
+        if value:
+            shape[key] = value
+
+    unset = sorted(settings.keys() - shape.keys())
+    if unset:
+        needed = ", ".join(f"{table}.{key}" for key in unset)
+        raise UserError(f"{table} has no preset, so it needs {needed}, too")
+
+    if config.data.condition == "class":
+        shape["classes"] = config.data.classes
+    if config.data.condition == "text":
+        shape["text_dim"] = space.text_dim
+        # words have numbers of the model's own table where no encoder makes token features
+        shape["vocab"] = 0 if space.text_dim else config.text.vocab
+        shape["length"] = config.text.length
+
+    try:
+        return ModelConfig(size=space.size, channels=space.channels, clusters=clusters,
+                           condition=config.data.condition, **shape)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def check_strategy(text):
+    """flow.parse_strategy with a UserError."""
+    try:
+        return flow.parse_strategy(text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def check_sample(sample):
+    """UserError if [sample] has values that cannot be together."""
+    if not sample.cfg_low <= sample.cfg_high <= 1:
+        raise UserError(f"guidance from cfg_low {sample.cfg_low} to cfg_high {sample.cfg_high} "
+                        f"must be 0 <= cfg_low <= cfg_high <= 1")
+    if sample.route_epsilon >= 1:
+        raise UserError(f"route_epsilon {sample.route_epsilon} must be less than 1")
+    check_strategy(sample.strategy)
+
+
+def check_config(config, space):
+    """UserError for what a later stage would refuse: found out before the work, not after days."""
+    experts = config.cluster.experts
+    train = config.train
+    if train.batch % experts:
+        raise UserError(f"train.batch = {train.batch} is the whole ensemble's and must be a "
+                        f"multiple of cluster.experts = {experts}, which share it")
+
+    # what cannot be built is refused with it
+    model_config(config, "model", space)
+    model_config(config, "router", space, clusters=experts)
+
+    student = config.stage("student")
+    # as distill.py reads it
+    batch = student.batch or max(1, train.batch // 4)
+    if student.micro_batch and batch % student.micro_batch:
+        raise UserError(f"the student's batch of {batch} must be a multiple of "
+                        f"train.student.micro_batch = {student.micro_batch}")
+
+    check_sample(config.sample)
+    strategy, number = check_strategy(config.sample.strategy)
+
+    # the oracle's number is an expert's, the others' are counts
+    most = experts - 1 if strategy == "oracle" else experts
+    if strategy in ("top", "sample", "oracle") and number > most:
+        raise UserError(f"sample.strategy = {config.sample.strategy!r}: there are cluster.experts "
+                        f"= {experts} experts, so the number is at most {most}")
+
+
+# ---- docs/config.md ------------------------------------------------------------------------------
+
+INTRODUCTION = """\
+# The config
+
+<!-- made by `python -m ddm.config > docs/config.md` from ddm/config.py; do not edit -->
+
+An experiment is one TOML file, as those in [configs/](../configs). A key that it does not name has
+its default. `cluster.py --config FILE` writes all of it to `RUN/config.toml`, for the later stages.
+
+On the command line of any script a key is `--table.key VALUE`, which goes over the file's:
+`--train.lr 2e-4`. A number may be a percentage, and a key that is true or false may stand alone:
+`--data.max_bad 1%`, `--sample.compile`. For train_router.py and distill.py `--train.lr` means
+theirs, `--train.router.lr` or `--train.student.lr`.
+"""
+
+
+def _allowed(field):
+    """The cell that says what a key may be."""
+    options = get_args(field.annotation)
+    if options:
+        return ", ".join(f"`{option}`" for option in options)
+
+    kind = KINDS[field.annotation].removeprefix("a ")
+    least, most = _limits(field)
+    if least is None:
+        return kind
+    if most is None:
+        return f"{kind} from {least}"
+    return f"{kind} from {least} to {most}"
+
+
+def reference():
+    """docs/config.md: a heading, the class's docstring and a row for each key, of each table."""
+    lines = [INTRODUCTION]
+    for table, table_class in TABLES.items():
+        lines += [f"## [{table}]", "", inspect.getdoc(table_class), ""]
+        lines += ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+
+        # [train.router] has all of [train]'s, which need no second description
+        for key in own_keys(table):
+            field = table_class.model_fields[key]
+            default = json.dumps(field.default)
+            # a bar would end the cell
+            meaning = field.description.replace("|", "\\|")
+            lines.append(f"| `{key}` | `{default}` | {_allowed(field)} | {meaning} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

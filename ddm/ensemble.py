@@ -22,37 +22,11 @@ import flow
 import model as models
 from ddm import artifacts, encoders, plan
 from ddm.codec import Space
-from ddm.config import CONFIG, make_config
+from ddm.config import check_strategy, choices, make_config
 from ddm.errors import UserError
 from ddm.files import check_shape
 from ddm.run import NETWORK
 
-
-
-def check_strategy(text):
-    """flow.parse_strategy with a UserError."""
-    try:
-        return flow.parse_strategy(text)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def check_settings(settings, given, only=""):
-    """UserError if [sample] has values that cannot be, or a key of `given`, which flags set, that does nothing for this strategy or this one model."""
-    if not settings.cfg_low <= settings.cfg_high <= 1:
-        raise UserError(f"guidance from cfg_low {settings.cfg_low} to cfg_high {settings.cfg_high} must be 0 <= cfg_low <= cfg_high <= 1")
-    strategy, _ = check_strategy(settings.strategy)
-    kept, blind = strategy in ("once", "oracle") or only, strategy == "oracle" or only
-    chosen = f"--{only}" if only else f"--strategy {settings.strategy}"
-    for why, idle, keys in ((f"--cfg {settings.cfg}", settings.cfg == 1, ("cfg_low", "cfg_high", "cfg_routing")),
-                            ("--route-every 1", settings.route_every == 1, ("route_epsilon",)),
-                            (chosen, kept, ("route_every", "route_epsilon", "cfg_routing")),
-                            (chosen, blind, ("router_temperature",))):
-        for key in keys:
-            if idle and f"sample.{key}" in given:
-                raise UserError(f"--{key.replace('_', '-')} does nothing with {why}: leave one of them out")
-    if settings.route_epsilon >= 1:
-        raise UserError(f"route_epsilon {settings.route_epsilon} must be less than 1")
 
 
 def _must_agree(info):
@@ -349,6 +323,6 @@ def _info(path, shape):
     except ValueError as error:
         raise UserError(f"{path} is not a model of this project, or has been damaged: copy it again ({error})") from None
     for key in ("objective", "path") if "objective" in shape else ():       # a fork may know others
-        if info[key] not in CONFIG["flow"][key][2]:
-            raise UserError(f"{path} has {key} = {info[key]!r}, which is not one of {', '.join(CONFIG['flow'][key][2])}")
+        if info[key] not in choices("flow", key):
+            raise UserError(f"{path} has {key} = {info[key]!r}, which is not one of {', '.join(choices('flow', key))}")
     return info

@@ -245,6 +245,8 @@ def report(name, config, train, batch, run_config, teachers=0, resident=-1):
     world = int(os.environ.get("WORLD_SIZE", settings.gpus))
     if batch % world:
         raise UserError(f"a batch of {batch} cannot be shared by {world} GPUs: change train.batch or --plan.gpus")
+    if settings.gpu not in DEVICES:
+        raise UserError(f"plan.gpu = {settings.gpu!r} is not one of {', '.join(map(repr, DEVICES))}")
     rates, share, bf16 = DEVICES[settings.gpu], batch // world, train.precision != "fp32"
     peak, memory = rates[0 if bf16 else 1] * 1e12, rates[2] * GB
     weights, work, unknown = frozen(run_config, bf16)

@@ -137,10 +137,9 @@ def test_a_micro_batch_that_leaves_a_rest_is_said_with_its_divisors(capsys):
 def made(tmp_path, **settings):
     """An engine.State of the small DiT on this process."""
     from ddm.config import make_config
-    from training import stage_config
     config = make_config({f"train.{key}": value for key, value in settings.items()})
     ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-    return engine.State(str(tmp_path), "x", small("DiT").config, stage_config(config), ranks, config, SimpleNamespace(info={}), 3,
+    return engine.State(str(tmp_path), "x", small("DiT").config, config.train, ranks, config, SimpleNamespace(info={}), 3,
                         initial=small("DiT").state_dict())
 
 
@@ -268,10 +267,9 @@ def test_samples_are_drawn_no_more_at_once_than_a_micro_batch(tmp_path, monkeypa
 
 def test_the_average_is_the_formula_s_and_swapping_it_twice_changes_nothing(tmp_path):
     from ddm.config import make_config
-    from training import stage_config
     config = make_config({"train.lr": 0.01, "train.ema_decay": 0.5, "train.grad_clip": 0.0})
     ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-    state = engine.State(str(tmp_path), "x", small("DiT").config, stage_config(config), ranks, config, SimpleNamespace(info={}), 3,
+    state = engine.State(str(tmp_path), "x", small("DiT").config, config.train, ranks, config, SimpleNamespace(info={}), 3,
                          initial=small("DiT").state_dict())
     expected = {k: v.clone() for k, v in state.ema.items()}
     for n in range(1, 4):
@@ -322,10 +320,9 @@ def test_a_sharded_average_is_the_formula_s_also_after_a_resume(alone, tmp_path,
 
 def test_a_checkpoint_holds_the_moment_it_was_made_while_training_goes_on(tmp_path):
     from ddm.config import make_config
-    from training import stage_config
     config = make_config({})
     ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-    make = lambda: engine.State(str(tmp_path), "x", small("DiT").config, stage_config(config), ranks, config, SimpleNamespace(info={}), 3)
+    make = lambda: engine.State(str(tmp_path), "x", small("DiT").config, config.train, ranks, config, SimpleNamespace(info={}), 3)
     state = make()
     state.step = 1
     weights, average = ({k: v.detach().clone() for k, v in d.items()} for d in (dict(state.model.named_parameters()), state.ema))
@@ -431,11 +428,6 @@ def test_a_profile_is_a_trace_and_the_log_has_speed_and_memory(clustered, tmp_pa
                                                 ("Voodoo 3", True, None), ("NVIDIA GH200 480GB", True, 989)])
 def test_peak_rates_are_found_by_the_names_that_devices_give_themselves(name, bf16, tflops):
     assert plan.peak_flops(name, bf16) == (tflops and tflops * 1e12)
-
-
-def test_every_device_of_the_table_can_be_planned_for():
-    from ddm.config import CONFIG
-    assert CONFIG["plan"]["gpu"][2] == tuple(plan.DEVICES)
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------------

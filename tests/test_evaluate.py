@@ -52,9 +52,9 @@ def clustered(run, data, config, *flags):
     info = training.describe(config, space, clusters) | {"step": 1, "images": 1, "flops": 1}
     os.mkdir(run / "experts")
     for k in range(config.cluster.experts):
-        expert = artifacts.build(training.model_config(config, "model", space))
+        expert = artifacts.build(ddm.config.model_config(config, "model", space))
         artifacts.save(run / "experts" / f"{k}.safetensors", expert.config, expert.state_dict(), shard=str(k), objective="velocity", path="linear", **info)
-    router = artifacts.build(training.model_config(config, "router", space, config.cluster.experts))
+    router = artifacts.build(ddm.config.model_config(config, "router", space, config.cluster.experts))
     artifacts.save(run / "router.safetensors", router.config, router.state_dict(), **info)
     return run
 

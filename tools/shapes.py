@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
-from ddm.config import make_parser, parse  # noqa: E402
+from ddm.config import Parser, parse  # noqa: E402
 from ddm.errors import UserError, script  # noqa: E402
 from tools.to_tars import check_folder, write_shards  # noqa: E402
 
@@ -81,7 +81,7 @@ def draw_samples(images, size, seed):
 
 
 def main():
-    parser = make_parser(__doc__, run=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="folder for the tars")
     add("--images", type=int, default=6000, metavar="N", help="images to draw (default: 6000)")

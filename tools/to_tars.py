@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from ddm.config import make_parser, parse  # noqa: E402
+from ddm.config import Parser, parse  # noqa: E402
 from ddm.errors import UserError, script  # noqa: E402
 from ddm.process import progress  # noqa: E402
 from ddm.tars import TarWriter  # noqa: E402
@@ -92,7 +92,7 @@ def read_class(file):
 
 
 def main():
-    parser = make_parser(__doc__, run=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--imagenet", required=True, metavar="TAR", help="ILSVRC2012_img_train.tar")
     add("--out", required=True, metavar="DIR", help="folder for the tars")
