@@ -1,61 +1,73 @@
-"""Stage 6: distils the ensemble into one dense student, which needs no router and is used like a monolith (section 3.6 of the paper).
+"""Stage 6: distils the ensemble into one dense student (section 3.6 of the paper), which needs no
+router and is used like a monolith.
 
     torchrun --nproc_per_node=8 distill.py --run-dir runs/laion
-    python distill.py --run-dir runs/demo --init 3 --train.steps 500       # begins with the weights of expert 3 (or all: the monolith's)
+    python distill.py --run-dir runs/demo --init 3      # begins with expert 3 (or all: the monolith)
     python sample.py --run-dir runs/demo --student --prompt "a red circle"
 
-reads   RUN/config.toml, RUN/clusters.safetensors, RUN/experts/K.safetensors of all clusters, RUN/shards/K/*.tar or RUN/latents/K/*.tar; the
-        pretrained networks whose work is not cached
-writes  RUN/student.safetensors (averaged weights), RUN/checkpoints/student/, RUN/logs/student.csv, RUN/samples/student-STEP.png
---train.* and [train.student] apply; by default a quarter of the monolith's batch, as in the paper. The student predicts velocity on the
-linear path, whatever its teachers do. Run again, it goes on from its newest checkpoint.
+--train.* and [train.student] apply; by default a quarter of the monolith's batch, as in the paper.
+The student predicts velocity on the linear path, whatever its teachers do. Run again, it resumes
+from its newest checkpoint.
 
-The teacher of a picture is the expert of its own cluster. A micro-batch is of one cluster, so that one teacher at a time is needed on the device;
-clusters come in the data's proportions. As many teachers stay there as there is room for (--resident N: at most N); others are read again
-when their turn comes.
+The teacher of an image is the expert of its own cluster. A micro-batch is of one cluster, so that
+one teacher at a time is needed on the device; clusters come in the data's proportions. As many
+teachers stay there as there is room for (--resident N: at most N); others are read again when their
+turn comes.
+
+reads   RUN/config.toml, RUN/clusters.safetensors, RUN/experts/K.safetensors of all clusters,
+        RUN/shards/K/*.tar or RUN/latents/K/*.tar; the pretrained networks whose work is not cached
+writes  RUN/student.safetensors (EMA weights), RUN/checkpoints/student/, RUN/logs/student.csv,
+        RUN/samples/student-STEP.png
 """
+import functools
 import math
 import os
 
 import numpy as np
 import torch
 
-import engine
 import flow
-import model as models
-import training
-from ddm import artifacts, encoders, plan
-from ddm.config import model_config, load_run, parse
+from ddm import artifacts, plan
+from ddm.checkpoint import Checkpoints, check_finite, identity_of, training
+from ddm.config import differences, load_run, make_training_parser, model_config, parse
+from ddm.encoders import resolve
+from ddm.engine import Engine, learning_rate
 from ddm.ensemble import Ensemble
 from ddm.errors import UserError, script
-from ddm.process import broadcast, on_rank_0, start
-from ddm.run import read_clusters
-
+from ddm.loading import Batches, describe, encode, open_shards, planned_space
+from ddm.log import Log, save_samples
+from ddm.process import Stop, broadcast, on_rank_0, start, watchdog
+from ddm.run import collective_timeout, find_shards, owned, read_clusters
+from model import ModelConfig, drop_condition
 
 GOLDEN = (5 ** 0.5 - 1) / 2
-BLOCK = 2 ** 16      # micro-batches whose clusters are worked out together
+# micro-batches whose clusters are worked out together
+BLOCK = 2 ** 16
 
 
 class ByCluster(torch.utils.data.Dataset):
     """The student's stream of samples: micro-batch m (positions m * micro, ...) is of one cluster.
 
-    Which one, the golden ratio's sequence says, frac(m * GOLDEN) in the cumulative shares: over any stretch of the stream clusters have the
-    data's shares to within a micro-batch or two, and the stream is the same on any number of ranks. Within a cluster every sample comes
-    once an epoch, as in TarDataset. parts: the TarDataset of each cluster; micro: samples a micro-batch.
+    Which one, the golden ratio's sequence says, frac(m * GOLDEN) in the cumulative shares: over any
+    stretch of the stream clusters have the data's shares to within a micro-batch or two, and the
+    stream is the same on any number of ranks. Within a cluster every sample comes once an epoch, as
+    in TarDataset. parts: the TarDataset of each cluster; micro: samples a micro-batch.
     """
 
     def __init__(self, parts, micro):
-        self.parts, self.micro = parts, micro
+        self.parts = parts
+        self.micro = micro
         self.shares = np.cumsum([len(part) for part in parts]) / len(self)
         # of each block so far, how many micro-batches of each cluster come before it
         self.before = [np.zeros(len(parts), np.int64)]
-        # the block that was asked for last: its number, and the clusters in it
-        self.block = -1, None
+        # the block that was asked for last, and the clusters in it
+        self.block = -1
+        self.clusters = None
 
     def __len__(self):
         return sum(map(len, self.parts))
 
-    def _clusters(self, block):
+    def _clusters_of(self, block):
         """[BLOCK] of a block of micro-batches."""
         m = np.arange(block * BLOCK, (block + 1) * BLOCK)
         return np.searchsorted(self.shares[:-1], m * GOLDEN % 1, side="right")
@@ -65,12 +77,14 @@ class ByCluster(torch.utils.data.Dataset):
 
         A training has as many micro-batches as it likes: of all other blocks a row each is kept.
         """
-        if self.block[0] != block:
+        if self.block != block:
             while len(self.before) <= block:
-                counts = np.bincount(self._clusters(len(self.before) - 1), minlength=len(self.parts))
+                last = self._clusters_of(len(self.before) - 1)
+                counts = np.bincount(last, minlength=len(self.parts))
                 self.before.append(self.before[-1] + counts)
-            self.block = block, self._clusters(block)
-        return self.block[1]
+            self.block = block
+            self.clusters = self._clusters_of(block)
+        return self.clusters
 
     def cluster(self, m):
         """The cluster of micro-batch m."""
@@ -81,7 +95,8 @@ class ByCluster(torch.utils.data.Dataset):
         """How many micro-batches of its cluster come before micro-batch m."""
         block, i = divmod(m, BLOCK)
         clusters = self._open(block)
-        return int(self.before[block][clusters[i]] + (clusters[:i] == clusters[i]).sum())
+        in_block = (clusters[:i] == clusters[i]).sum()
+        return int(self.before[block][clusters[i]] + in_block)
 
     def __getitem__(self, position):
         m, i = divmod(position, self.micro)
@@ -89,105 +104,229 @@ class ByCluster(torch.utils.data.Dataset):
         return self.parts[k][self.turn(m) * self.micro + i] | {"k": k}
 
 
-def initial_weights(run, shard, config):
-    """-> (weights, info) of the expert (or "all") that the student begins with. UserError if it is another model than `config`, or not velocity."""
-    path = os.path.join(run, "experts", f"{shard}.safetensors")
+def parser():
+    parser = make_training_parser(__doc__)
+    parser.add_argument("--init", default="", metavar="K|all",
+                        help="begin with the weights of this expert, or the monolith's (default: "
+                        "from scratch)")
+    parser.add_argument("--resident", type=int, default=-1, metavar="N",
+                        help="teachers on the device at most (default: as many as fit by the "
+                        "estimate of --plan, on a CPU all; 0: all)")
+    return parser
+
+
+def main():
+    args, given = parse(parser())
+    config = load_run(args.run_dir, given, stage="student", path=args.plan)
+    # the student's, whatever its teachers'
+    config.flow.objective = "velocity"
+    config.flow.path = "linear"
+    train = config.stage("student")
+    train.batch = train.batch or max(1, config.train.batch // 4)
+    experts = config.cluster.experts
+    if args.plan is not None:
+        # teachers of the student's size: a forward of each image, and their weights
+        shape = model_config(config, "model", planned_space(args, config))
+        plan.report("student", shape, train, train.batch, config, teachers=experts,
+                    resident=args.resident)
+        return
+
+    missing = set(map(str, range(experts))) - set(find_shards(args.run_dir))
+    if missing:
+        raise UserError(f"the student needs all {experts} shards, {args.run_dir} lacks "
+                        f"{', '.join(sorted(missing, key=int))}")
+    with owned(args.run_dir, "student"):
+        open_and_train(args, config, train)
+
+
+# ---- teachers and the first weights --------------------------------------------------------------
+
+def set_micro_batch(train, experts, ranks):
+    """Sets train.micro_batch, of one cluster each. UserError if a rank's share is no multiple."""
+    share = train.batch // ranks.world
+    if not train.micro_batch:
+        train.micro_batch = math.gcd(share, max(1, train.batch // experts))
+    if train.batch % ranks.world or share % train.micro_batch:
+        raise UserError(f"a batch of {train.batch} on {ranks.world} ranks is "
+                        f"{train.batch / ranks.world:g} each, which must be a multiple of the "
+                        f"micro-batch of one cluster, {train.micro_batch}: change --train.batch "
+                        f"or --train.micro_batch")
+
+
+def open_teachers(args, config, shape, info, ranks):
+    """The run's experts. UserError if one is missing, or does not fit the student."""
+    experts = config.cluster.experts
+    teachers = Ensemble(args.run_dir, ranks.device, require_all=True)
+    if len(teachers.paths) != experts:
+        raise UserError(f"the student needs all {experts} experts as teachers, "
+                        f"{args.run_dir}/experts has {', '.join(map(str, teachers.paths))}")
+    teachers.check_fits("the student", {"model": vars(shape), **info})
+    return teachers
+
+
+def keep_teachers(teachers, resident, shape, train, ranks, frozen):
+    """Sets how many teachers stay on the device: `resident`, 0 for all, -1 for as many as fit.
+
+    A micro-batch is of one cluster, and so nearly each wants another teacher than the one before:
+    one that is not there is read from disk. frozen: bytes of the frozen networks. -> bytes of the
+    teachers.
+    """
+    sizes = []
+    for info in teachers.infos.values():
+        weights = plan.parameter_count(ModelConfig(**info["model"]))
+        sizes.append(weights * teachers.dtype.itemsize)
+
+    if resident < 0 and ranks.device.type == "cuda":
+        bf16 = resolve(train.precision, ranks.device) == "bf16"
+        need = plan.Memory(shape, bf16, beside=frozen)
+        share = train.batch // ranks.world
+        fit = need.teachers(train, ranks.world, share, sizes, plan.device_memory(ranks.device))
+        # GPUs may differ by a few bytes
+        resident = broadcast(fit)
+        if ranks.rank == 0 and resident < len(sizes):
+            print(f"{resident} of {len(sizes)} teachers stay on each GPU, there is no room for "
+                  f"more: the others are read when their turn comes", flush=True)
+    teachers.resident = max(0, resident)
+    return sum(sorted(sizes)[-(teachers.resident or len(sizes)):])
+
+
+def initial_weights(run_dir, shard, config):
+    """-> (weights, info) of the expert (or "all") that the student begins with.
+
+    UserError if it is another model than `config`, or does not predict velocity.
+    """
+    path = os.path.join(run_dir, "experts", f"{shard}.safetensors")
     if not os.path.exists(path):
-        raise UserError(f"--init {shard}: there is no {path}; give the number of an expert that is there, or all for the monolith")
+        raise UserError(f"--init {shard}: there is no {path}; give the number of an expert that is "
+                        f"there, or all for the monolith")
     try:
         network, info = artifacts.load(path)
     except ValueError as error:
         raise UserError(f"--init {shard}: {error}") from None
     if (info["objective"], info["path"]) != ("velocity", "linear"):
-        raise UserError(f"--init {shard}: {path} predicts {info['objective']} on the {info['path']} path, the student velocity on the linear one")
+        raise UserError(f"--init {shard}: {path} predicts {info['objective']} on the "
+                        f"{info['path']} path, the student velocity on the linear one")
     if network.config != config:
-        there, here = ({k: v for k, v in vars(c).items() if v != vars(d)[k]} for c, d in ((network.config, config), (config, network.config)))
-        raise UserError(f"--init {shard}: {path} is another model than the student is to be ({there} / {here}): see --model.*")
+        raise UserError(f"--init {shard}: {path} is another model than the student is to be "
+                        f"({differences(vars(network.config), vars(config))}): see --model.*")
     return network.state_dict(), info
 
 
-def keep_teachers(teachers, resident, config, train, ranks, share, frozen):
-    """Sets how many teachers stay on the device: `resident`, 0 for all, -1 for as many as fit.
-
-    A micro-batch is of one cluster, and so nearly each wants another teacher than the one before: one
-    that is not there is read from disk. frozen: bytes of the frozen networks. -> bytes of the teachers.
-    """
-    shapes = [models.ModelConfig(**info["model"]) for info in teachers.infos.values()]
-    sizes = [plan.parameter_count(shape) * teachers.dtype.itemsize for shape in shapes]
-    if resident < 0 and ranks.device.type == "cuda":
-        bf16 = encoders.resolve(train.precision, ranks.device) == "bf16"
-        need = plan.Memory(config, bf16, beside=frozen)
-        fit = need.teachers(train, ranks.world, share, sizes, plan.device_memory(ranks.device))
-        resident = broadcast(fit)       # GPUs may differ by a few bytes
-        if ranks.rank == 0 and resident < len(sizes):
-            print(f"{resident} of {len(sizes)} teachers stay on each GPU, there is no room for more: the "
-                  f"others are read when their turn comes", flush=True)
-    teachers.resident = max(0, resident)
-    return sum(sorted(sizes)[-(teachers.resident or len(sizes)):])
+def teacher_flops(teachers, parts):
+    """FLOPs of the teacher's forward of an image, the mean over the data."""
+    total = 0
+    for k, part in enumerate(parts):
+        total += len(part) * plan.flops(ModelConfig(**teachers.infos[k]["model"]))
+    return total // sum(map(len, parts))
 
 
-def main():
-    parser = training.stage_parser(__doc__, ["train", "train.student", "data", "model", "autoencoder", "text"])
-    parser.add_argument("--init", default="", metavar="K|all", help="begin with the weights of this expert, or the monolith's (default: from scratch)")
-    parser.add_argument("--resident", type=int, default=-1, metavar="N",
-                        help="teachers on the device at most (default: as many as fit by the estimate of "
-                        "--plan, on a CPU all; 0: all)")
-    args, given = parse(parser)
-    config = load_run(args.run_dir, given, "student", args.plan)
-    config.flow.objective, config.flow.path = "velocity", "linear"      # the student's, whatever its teachers'
-    train = config.stage("student")
-    K = config.cluster.experts
-    train.batch = batch = train.batch or max(1, config.train.batch // 4)
-    if args.plan is not None:       # teachers of the student's size: a forward of each image, and their weights
-        shape = model_config(config, "model", training.plan_space(args, config))
-        return plan.report("student", shape, train, batch, config, teachers=K, resident=args.resident)
+# ---- training ------------------------------------------------------------------------------------
+
+def open_and_train(args, config, train):
+    """Opens data, teachers, model, optimiser and checkpoints; trains; exports the EMA weights."""
     clusters = read_clusters(args.run_dir)
-    if there := set(map(str, range(K))) - set(training.find_shards(args.run_dir)):
-        raise UserError(f"the student needs all {K} shards, {args.run_dir} lacks {', '.join(sorted(there, key=int))}")
+    ranks = start(args.device, collective_timeout(train))
+    set_micro_batch(train, config.cluster.experts, ranks)
+    shards = [str(k) for k in range(config.cluster.experts)]
+    parts, space = open_shards(args.run_dir, shards, config, train, ranks, clusters, apart=True,
+                               verify=args.verify)
+    data = ByCluster(parts, train.micro_batch)
+    if config.autoencoder.name:
+        # what decodes the samples: missed now, not after hours
+        on_rank_0(lambda: space.network("autoencoder"))
 
-    with training.owned(args.run_dir, "student"):
-        ranks = start(args.device, training.patience(train))
-        share = batch // ranks.world
-        train.micro_batch = micro = train.micro_batch or math.gcd(share, max(1, batch // K))
-        if batch % ranks.world or share % micro:
-            raise UserError(f"a batch of {batch} on {ranks.world} ranks is {batch / ranks.world:g} each, which must be a multiple of the micro-batch of one "
-                            f"cluster, {micro}: change --train.batch or --train.micro_batch")
-        parts, space = training.open_shards(args.run_dir, [str(k) for k in range(K)], config, train, ranks, clusters, apart=True, verify=args.verify)
-        data = ByCluster(parts, micro)
-        if config.autoencoder.name:
-            on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures: missed now, not after hours
-        student_config = model_config(config, "model", space)
-        info = training.describe(config, space, clusters) | {"objective": "velocity", "path": "linear", "shard": "student", "init": args.init}
-        teachers = Ensemble(args.run_dir, ranks.device, require_all=True)
-        if len(teachers.paths) != K:
-            raise UserError(f"the student needs all {K} experts as teachers, {args.run_dir}/experts has {', '.join(map(str, teachers.paths))}")
-        teachers.check_fits("the student", {"model": vars(student_config), **info})
-        initial, begun = initial_weights(args.run_dir, args.init, student_config) if args.init else (None, {"flops": 0})
-        beside = space.weight_bytes() + keep_teachers(teachers, args.resident, student_config, train, ranks, share, space.weight_bytes())
-        state = engine.State(args.run_dir, "student", student_config, train, ranks, config, space, batch, initial, beside, shard="student", init=args.init,
-                             clustering=clusters["fingerprint"], images=len(data), micro_batch=micro,
-                             teachers=" ".join(f"{k}:{about['step']}" for k, about in teachers.infos.items()))
-        # beside its own training, of each image: the forward of its teacher
-        state.image_flops += sum(len(part) * plan.flops(models.ModelConfig(**teachers.infos[k]["model"])) for k, part in enumerate(parts)) // len(data)
-        info["init_flops"] = begun["flops"]
+    shape = model_config(config, "model", space)
+    info = describe(config, space, clusters)
+    info |= {"objective": "velocity", "path": "linear", "shard": "student", "init": args.init}
+    teachers = open_teachers(args, config, shape, info, ranks)
+    initial = None
+    begun = {"flops": 0}
+    if args.init:
+        initial, begun = initial_weights(args.run_dir, args.init, shape)
+    info["init_flops"] = begun["flops"]
+    frozen = space.weight_bytes()
+    beside = frozen + keep_teachers(teachers, args.resident, shape, train, ranks, frozen)
 
-        path = os.path.join(args.run_dir, "student.safetensors")
-        data.cluster(state.step * batch // micro)       # after a resume: counted once, before the decoding processes are forked
-        for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
-            first = (state.step * batch + ranks.rank * share) // micro      # this rank's first micro-batch of the step
-            for m, b in enumerate(step.batches(), first):
+    trained = [f"{k}:{about['step']}" for k, about in teachers.infos.items()]
+    identity = identity_of(config, train, shape, space, shard="student", init=args.init,
+                           clustering=clusters["fingerprint"], images=len(data),
+                           micro_batch=train.micro_batch, teachers=" ".join(trained))
+    checkpoints = Checkpoints(args.run_dir, "student", train, ranks, identity)
+    engine = Engine("student", shape, train, ranks, batch=train.batch, initial=initial,
+                    resumed=checkpoints.resumed, beside=beside)
+    # beside its own training, of each image: the forward of its teacher
+    engine.image_flops += teacher_flops(teachers, parts)
+    optimizer = torch.optim.AdamW(engine.model.parameters(), train.lr,
+                                  weight_decay=train.weight_decay, fused=True)
+    log = Log(args.run_dir, engine, config, profile=args.profile)
+    checkpoints.resume(engine, optimizer, log)
+    # after a resume: counted once, before the decoding processes are forked
+    data.cluster(engine.step * engine.batch // data.micro)
+    batches = Batches(data, config, engine, Stop())
+
+    path = os.path.join(args.run_dir, "student.safetensors")
+    training_loop(engine, batches, config=config, space=space, teachers=teachers,
+                  optimizer=optimizer, checkpoints=checkpoints, log=log, path=path, info=info)
+
+    # the last export failed, or its file is gone
+    if checkpoints.is_stale(path, engine):
+        checkpoints.export(path, engine, last=True, **info)
+
+
+def training_loop(engine, batches, *, config, space, teachers, optimizer, checkpoints, log, path,
+                  info):
+    """The loop, to the last step or to a signal. EMA weights go to `path`, with `info`."""
+    train = engine.train
+    meter = log.meter
+    saving = False
+
+    with training(engine, optimizer, checkpoints, log, batches):
+        while engine.step < train.steps:
+            watchdog(train.timeout)
+            # all ranks learn of a signal before the step, so that all do the same
+            stopping = batches.stop.requested()
+            lr = learning_rate(train, engine.step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            for b in batches.of_step(engine.step):
+                # the last micro-batch sums the gradients over the ranks
+                engine.sum_gradients(b.last)
+                x_0, c = encode(space, b)
                 t = flow.sample_time(b.u, config.flow.t_density, config.flow.shift)
-                c = models.drop_condition(state.model.config, b.c, b.drop < config.data.cond_dropout)
-                teacher = lambda x_t, t, c: teachers.expert_velocity(data.cluster(m), x_t, t, c)
-                loss = flow.distillation_loss(step.model, teacher, b.x_0, c, t, b.eps)        # [B], section 3.6
-                step.backward(loss, t)
-            step.update()
-            if step.save:
-                state.export(path, state.step * batch, **info)
-            if step.sample:
-                training.save_samples(state, config, data, space)
-        if training.stale(path, state):        # the last export failed, or its file is gone
-            state.export(path, state.step * batch, last=True, **info)
+                c = drop_condition(engine.config, c, b.drop < config.data.cond_dropout)
+
+                k = batches.data.cluster(b.position // batches.data.micro)
+                teacher = functools.partial(teachers.expert_velocity, k)
+                # [B], section 3.6
+                loss = flow.distillation_loss(engine, teacher, x_0, c, t, b.eps)
+                (loss.sum() / batches.share).backward()
+                meter.add("loss", loss)
+                meter.add_by_t("loss", loss, t)
+                batches.note_losses(b, t, loss)
+            if batches.interrupted:
+                break
+
+            norm = engine.clip_gradients(train.grad_clip)
+            # all ranks skip the step unless the norm is finite
+            engine.optimizer_step(norm, optimizer)
+            engine.update_ema(train.ema_decay)
+            log.step(norm, lr, batches)
+
+            saving = saving or stopping or engine.is_due(train.save_every)
+            if saving or engine.is_due(train.log_every) or engine.is_due(train.max_nonfinite):
+                check_finite(engine, checkpoints, log, batches)
+            if engine.is_due(train.log_every):
+                log.row()
+            # after a skipped step nothing is saved, the weights may be ruined: after the next one
+            if saving and norm.isfinite():
+                checkpoints.export(path, engine, **info)
+                checkpoints.save(engine, optimizer, log)
+                saving = False
+            if engine.is_due(train.sample_every):
+                save_samples(engine, config, batches.data, space, folder=log.samples)
+            if stopping and not saving:
+                break
 
 
 if __name__ == "__main__":

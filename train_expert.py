@@ -1,75 +1,167 @@
-"""Stage 2: trains the expert of one cluster, on that cluster's shards alone; no node needs to know of another.
+"""Stage 2: trains the expert of one cluster, on that cluster's shards alone.
 
-    torchrun --nproc_per_node=8 train_expert.py --run-dir runs/laion --shard 3     # one node, eight GPUs
-    python train_expert.py --run-dir runs/demo --shard 3                           # one GPU, or a CPU
-    python train_expert.py --run-dir runs/demo --shard all                         # the monolith, to compare with
-    python train_expert.py --run-dir runs/demo --shard 3 --plan                    # trains nothing: what will it need?
+    torchrun --nproc_per_node=8 train_expert.py --run-dir runs/laion --shard 3   # a node, 8 GPUs
+    python train_expert.py --run-dir runs/demo --shard 3                         # a GPU, or a CPU
+    python train_expert.py --run-dir runs/demo --shard all                       # the monolith
+    python train_expert.py --run-dir runs/demo --shard 3 --plan                  # trains nothing
 
-reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar, or RUN/latents/K/*.tar if cache_latents.py made them (for all:
-        every cluster's); the pretrained networks that the config names: the autoencoder, if only to draw RUN/samples, and the text encoder
-        unless its work is cached
-writes  RUN/experts/K.safetensors (averaged weights), RUN/checkpoints/expert-K/, RUN/logs/expert-K.csv,
+No node needs to know of another. Run again, it resumes from its newest checkpoint.
+
+reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar, or RUN/latents/K/*.tar if
+        cache_latents.py has made them (for all: every cluster's); the pretrained networks that the
+        config names: the autoencoder, if only to write RUN/samples, and the text encoder unless its
+        work is cached
+writes  RUN/experts/K.safetensors (EMA weights), RUN/checkpoints/expert-K/, RUN/logs/expert-K.csv,
         RUN/samples/expert-K-STEP.png; with --profile RUN/logs/expert-K.trace.json
-Run again, it goes on from its newest checkpoint.
 """
 import os
 
-import engine
+import torch
+
 import flow
-import training
 from ddm import plan
-from ddm.config import model_config, load_run, parse
+from ddm.checkpoint import Checkpoints, check_finite, identity_of, training
+from ddm.config import load_run, make_training_parser, model_config, parse
+from ddm.engine import Engine, learning_rate
 from ddm.errors import UserError, script
-from ddm.process import on_rank_0, start
-from ddm.run import read_clusters
+from ddm.loading import Batches, describe, encode, open_shards, planned_space
+from ddm.log import Log, save_samples
+from ddm.process import Stop, on_rank_0, start, watchdog
+from ddm.run import collective_timeout, find_shards, owned, read_clusters
 from model import drop_condition
 
 
+def parser():
+    parser = make_training_parser(__doc__)
+    parser.add_argument("--shard", required=True, metavar="K",
+                        help="the cluster to train on: 0, 1, ..., or all for the monolith")
+    return parser
+
 
 def main():
-    parser = training.stage_parser(__doc__, ["train", "data", "model", "flow", "autoencoder", "text"])
-    parser.add_argument("--shard", required=True, metavar="K", help="the cluster to train on: 0, 1, ..., or all for the monolith")
-    args, given = parse(parser)
+    args, given = parse(parser())
     config = load_run(args.run_dir, given, path=args.plan)
-    train = config.train
-    K = config.cluster.experts
-    if train.batch % K:
-        raise UserError(f"train.batch = {train.batch} is the whole ensemble's and must be a multiple of its {K} experts")
-    batch = train.batch if args.shard == "all" else train.batch // K      # equal compute: the monolith's batch, divided evenly
+    batch = expert_batch(config, args.shard)
     name = f"expert-{args.shard}"
     if args.plan is not None:
-        return plan.report(name, model_config(config, "model", training.plan_space(args, config)), train, batch, config)
+        shape = model_config(config, "model", planned_space(args, config))
+        plan.report(name, shape, config.train, batch, config)
+        return
 
+    shards = choose_shards(args, config)
+    with owned(args.run_dir, name):
+        open_and_train(args, config, name, shards, batch)
+
+
+def expert_batch(config, shard):
+    """Images a step: the monolith's batch, divided evenly among the experts (equal compute)."""
+    experts = config.cluster.experts
+    if config.train.batch % experts:
+        raise UserError(f"train.batch = {config.train.batch} is the whole ensemble's and must be "
+                        f"a multiple of its {experts} experts")
+    return config.train.batch if shard == "all" else config.train.batch // experts
+
+
+def choose_shards(args, config):
+    """The shards to train on: one, or for the monolith all. UserError if they are not here."""
+    existing = find_shards(args.run_dir)
+    here = f"{args.run_dir}/shards"
+    if args.shard == "all":
+        if len(existing) < config.cluster.experts:
+            raise UserError(f"the monolith needs all {config.cluster.experts} shards, {here} has "
+                            f"{', '.join(existing) or 'none'}")
+        return existing
+    if args.shard not in existing:
+        raise UserError(f"no shard {args.shard!r} in {here}: there are "
+                        f"{', '.join(existing) or 'none'}, and all for the monolith")
+    return [args.shard]
+
+
+def open_and_train(args, config, name, shards, batch):
+    """Opens data, model, optimiser and checkpoints; trains; exports the EMA weights."""
+    train = config.train
     clusters = read_clusters(args.run_dir)
-    there = training.find_shards(args.run_dir)
-    if args.shard != "all" and args.shard not in there:
-        raise UserError(f"no shard {args.shard!r} in {args.run_dir}/shards: there are {', '.join(there) or 'none'}, and all for the monolith")
-    if args.shard == "all" and len(there) < K:
-        raise UserError(f"the monolith needs all {K} shards, {args.run_dir}/shards has {', '.join(there) or 'none'}")
+    ranks = start(args.device, collective_timeout(train))
+    data, space = open_shards(args.run_dir, shards, config, train, ranks, clusters,
+                              verify=args.verify)
+    if config.autoencoder.name:
+        # what decodes the samples, also of cached latents: missed now, not after hours
+        on_rank_0(lambda: space.network("autoencoder"))
 
-    with training.owned(args.run_dir, name):
-        ranks = start(args.device, training.patience(train))
-        data, space = training.open_shards(args.run_dir, there if args.shard == "all" else [args.shard], config, train, ranks, clusters, verify=args.verify)
-        if space.config.autoencoder.name:
-            on_rank_0(lambda: space.network("autoencoder"))     # what draws the pictures, also of cached latents: missed now, not after hours
-        state = engine.State(args.run_dir, name, model_config(config, "model", space), train, ranks, config, space, batch,
-                             beside=space.weight_bytes(), shard=args.shard, clustering=clusters["fingerprint"], images=len(data))
-        info = training.describe(config, space, clusters) | {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
+    shape = model_config(config, "model", space)
+    identity = identity_of(config, train, shape, space, shard=args.shard, images=len(data),
+                           clustering=clusters["fingerprint"])
+    checkpoints = Checkpoints(args.run_dir, name, train, ranks, identity)
+    engine = Engine(name, shape, train, ranks, batch=batch, resumed=checkpoints.resumed,
+                    beside=space.weight_bytes())
+    optimizer = torch.optim.AdamW(engine.model.parameters(), train.lr,
+                                  weight_decay=train.weight_decay, fused=True)
+    log = Log(args.run_dir, engine, config, profile=args.profile)
+    checkpoints.resume(engine, optimizer, log)
+    batches = Batches(data, config, engine, Stop())
 
-        path = os.path.join(args.run_dir, "experts", f"{args.shard}.safetensors")
-        for step in training.steps(state, data, space, config, shown="loss", profile=args.profile):
-            for b in step.batches():
+    path = os.path.join(args.run_dir, "experts", f"{args.shard}.safetensors")
+    info = describe(config, space, clusters)
+    info |= {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
+    training_loop(engine, batches, config=config, space=space, optimizer=optimizer,
+                  checkpoints=checkpoints, log=log, path=path, info=info)
+
+    # the last export failed, or its file is gone
+    if checkpoints.is_stale(path, engine):
+        checkpoints.export(path, engine, last=True, **info)
+
+
+def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log, path, info):
+    """The loop, to the last step or to a signal. EMA weights go to `path`, with `info`."""
+    train = engine.train
+    meter = log.meter
+    saving = False
+
+    with training(engine, optimizer, checkpoints, log, batches):
+        while engine.step < train.steps:
+            watchdog(train.timeout)
+            # all ranks learn of a signal before the step, so that all do the same
+            stopping = batches.stop.requested()
+            lr = learning_rate(train, engine.step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            for b in batches.of_step(engine.step):
+                # the last micro-batch sums the gradients over the ranks
+                engine.sum_gradients(b.last)
+                x_0, c = encode(space, b)
                 t = flow.sample_time(b.u, config.flow.t_density, config.flow.shift)
-                c = drop_condition(state.model.config, b.c, b.drop < config.data.cond_dropout)
-                loss = flow.expert_loss(step.model, b.x_0, c, t, b.eps, config.flow.objective, config.flow.path)      # [B], eq. 6
-                step.backward(loss, t)
-            step.update()
-            if step.save:
-                state.export(path, state.step * batch, **info)
-            if step.sample:
-                training.save_samples(state, config, data, space)
-        if training.stale(path, state):        # the last export failed, or its file is gone
-            state.export(path, state.step * batch, last=True, **info)
+                c = drop_condition(engine.config, c, b.drop < config.data.cond_dropout)
+
+                loss = flow.expert_loss(engine, x_0, c, t, b.eps,
+                                        config.flow.objective, config.flow.path)    # [B], eq. 6
+                (loss.sum() / batches.share).backward()
+                meter.add("loss", loss)
+                meter.add_by_t("loss", loss, t)
+                batches.note_losses(b, t, loss)
+            if batches.interrupted:
+                break
+
+            norm = engine.clip_gradients(train.grad_clip)
+            # all ranks skip the step unless the norm is finite
+            engine.optimizer_step(norm, optimizer)
+            engine.update_ema(train.ema_decay)
+            log.step(norm, lr, batches)
+
+            saving = saving or stopping or engine.is_due(train.save_every)
+            if saving or engine.is_due(train.log_every) or engine.is_due(train.max_nonfinite):
+                check_finite(engine, checkpoints, log, batches)
+            if engine.is_due(train.log_every):
+                log.row()
+            # after a skipped step nothing is saved, the weights may be ruined: after the next one
+            if saving and norm.isfinite():
+                checkpoints.export(path, engine, **info)
+                checkpoints.save(engine, optimizer, log)
+                saving = False
+            if engine.is_due(train.sample_every):
+                save_samples(engine, config, batches.data, space, folder=log.samples)
+            if stopping and not saving:
+                break
 
 
 if __name__ == "__main__":

@@ -1,69 +1,149 @@
-"""Stage 3: trains the router p(k | x_t, t, c) on a uniform subset of the data, each picture with its cluster's number.
+"""Stage 3: trains the router p(k | x_t, t, c) on a uniform subset of the data, each image with its
+cluster's number.
 
     torchrun --nproc_per_node=8 train_router.py --run-dir runs/laion
     python train_router.py --run-dir runs/demo
 
-reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/router/*.tar or RUN/latents/router/*.tar; the pretrained networks whose work is not cached
-writes  RUN/router.safetensors (averaged weights), RUN/checkpoints/router/, RUN/logs/router.csv (accuracy by noise level)
---train.* and [train.router] apply. Run again, it goes on from its newest checkpoint.
+--train.* and [train.router] apply. Run again, it resumes from its newest checkpoint.
+
+reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/router/*.tar or
+        RUN/latents/router/*.tar; the pretrained networks whose work is not cached
+writes  RUN/router.safetensors (EMA weights), RUN/checkpoints/router/, RUN/logs/router.csv (accuracy
+        by noise level)
 """
 import math
 import os
 import sys
 
-import engine
+import torch
+
 import flow
-import training
 from ddm import plan
-from ddm.config import model_config, load_run, parse
+from ddm.checkpoint import Checkpoints, check_finite, identity_of, training
+from ddm.config import load_run, make_training_parser, model_config, parse
+from ddm.engine import Engine, learning_rate
 from ddm.errors import script
-from ddm.plan import flops
-from ddm.process import start
-from ddm.run import read_clusters
+from ddm.loading import Batches, describe, encode, open_shards, planned_space
+from ddm.log import Log
+from ddm.process import Stop, start, watchdog
+from ddm.run import collective_timeout, owned, read_clusters
 from model import drop_condition
 
 
-
-def set_steps(train, config, space):
-    """-> the router's ModelConfig; train.steps = 0 becomes 4% of the experts' training FLOPs, the paper's share."""
-    router_config = model_config(config, "router", space, clusters=config.cluster.experts)
-    if not train.steps:
-        expert, router = (flops(c) for c in (model_config(config, "model", space), router_config))
-        train.steps = math.ceil(0.04 * expert * config.train.steps * config.train.batch / (router * train.batch))
-        if train.steps < 1000 and os.environ.get("RANK", "0") == "0":
-            print(f"warning: 4% of the experts' training FLOPs are {train.steps} steps of the router, which may be too few to learn anything: "
-                  f"--train.router.steps N gives it more", file=sys.stderr)
-    return router_config
+def parser():
+    return make_training_parser(__doc__)
 
 
 def main():
-    parser = training.stage_parser(__doc__, ["train", "train.router", "data", "router", "autoencoder", "text"])
-    args, given = parse(parser)
-    config = load_run(args.run_dir, given, "router", args.plan)
-    train = config.stage("router")
+    args, given = parse(parser())
+    config = load_run(args.run_dir, given, stage="router", path=args.plan)
+    settings = config.stage("router")
     if args.plan is not None:
-        return plan.report("router", set_steps(train, config, training.plan_space(args, config)), train, train.batch, config)
+        shape = set_steps(settings, config, planned_space(args, config))
+        plan.report("router", shape, settings, settings.batch, config)
+        return
+
+    with owned(args.run_dir, "router"):
+        open_and_train(args, config, settings)
+
+
+def set_steps(train, config, space):
+    """-> the router's ModelConfig; train.steps = 0 becomes 4% of the experts' training FLOPs, the
+    paper's share.
+    """
+    shape = model_config(config, "router", space, clusters=config.cluster.experts)
+    if train.steps:
+        return shape
+
+    expert_flops = plan.flops(model_config(config, "model", space))
+    experts_flops = expert_flops * config.train.steps * config.train.batch
+    train.steps = math.ceil(0.04 * experts_flops / (plan.flops(shape) * train.batch))
+    if train.steps < 1000 and os.environ.get("RANK", "0") == "0":
+        print(f"warning: 4% of the experts' training FLOPs are {train.steps} steps of the router, "
+              f"which may be too few to learn anything: --train.router.steps N gives it more",
+              file=sys.stderr)
+    return shape
+
+
+def open_and_train(args, config, train):
+    """Opens data, model, optimiser and checkpoints; trains; exports the EMA weights."""
     clusters = read_clusters(args.run_dir)
+    ranks = start(args.device, collective_timeout(train))
+    data, space = open_shards(args.run_dir, ["router"], config, train, ranks, clusters,
+                              labelled=True, verify=args.verify)
 
-    with training.owned(args.run_dir, "router"):
-        ranks = start(args.device, training.patience(train))
-        data, space = training.open_shards(args.run_dir, ["router"], config, train, ranks, clusters, labelled=True, verify=args.verify)
-        state = engine.State(args.run_dir, "router", set_steps(train, config, space), train, ranks, config, space, train.batch,
-                             beside=space.weight_bytes(), clustering=clusters["fingerprint"], images=len(data))
-        info = training.describe(config, space, clusters)
+    shape = set_steps(train, config, space)
+    identity = identity_of(config, train, shape, space, images=len(data),
+                           clustering=clusters["fingerprint"])
+    checkpoints = Checkpoints(args.run_dir, "router", train, ranks, identity)
+    engine = Engine("router", shape, train, ranks, batch=train.batch, resumed=checkpoints.resumed,
+                    beside=space.weight_bytes())
+    optimizer = torch.optim.AdamW(engine.model.parameters(), train.lr,
+                                  weight_decay=train.weight_decay, fused=True)
+    log = Log(args.run_dir, engine, config, profile=args.profile)
+    checkpoints.resume(engine, optimizer, log)
+    batches = Batches(data, config, engine, Stop())
 
-        path = os.path.join(args.run_dir, "router.safetensors")
-        for step in training.steps(state, data, space, config, shown="acc", profile=args.profile):
-            for b in step.batches():
+    path = os.path.join(args.run_dir, "router.safetensors")
+    info = describe(config, space, clusters)
+    training_loop(engine, batches, config=config, space=space, optimizer=optimizer,
+                  checkpoints=checkpoints, log=log, path=path, info=info)
+
+    # the last export failed, or its file is gone
+    if checkpoints.is_stale(path, engine):
+        checkpoints.export(path, engine, last=True, **info)
+
+
+def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log, path, info):
+    """The loop, to the last step or to a signal. EMA weights go to `path`, with `info`."""
+    train = engine.train
+    meter = log.meter
+    saving = False
+
+    with training(engine, optimizer, checkpoints, log, batches):
+        while engine.step < train.steps:
+            watchdog(train.timeout)
+            # all ranks learn of a signal before the step, so that all do the same
+            stopping = batches.stop.requested()
+            lr = learning_rate(train, engine.step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            for b in batches.of_step(engine.step):
+                # the last micro-batch sums the gradients over the ranks
+                engine.sum_gradients(b.last)
+                x_0, c = encode(space, b)
                 # uniform on [0,1], whatever the experts' density: the answer at t = 1 matters most
-                c = drop_condition(state.model.config, b.c, b.drop < config.data.cond_dropout)
-                loss, right = flow.router_loss(step.model, b.x_0, b.k, c, b.u, b.eps)        # [B], algorithm 1
-                step.backward(loss, b.u, right)
-            step.update()
-            if step.save:
-                state.export(path, state.step * train.batch, **info)
-        if training.stale(path, state):        # the last export failed, or its file is gone
-            state.export(path, state.step * train.batch, last=True, **info)
+                t = b.u
+                c = drop_condition(engine.config, c, b.drop < config.data.cond_dropout)
+
+                # [B] each, algorithm 1
+                loss, right = flow.router_loss(engine, x_0, b.k, c, t, b.eps)
+                (loss.sum() / batches.share).backward()
+                meter.add("loss", loss)
+                meter.add_by_t("acc", right, t)
+                batches.note_losses(b, t, loss)
+            if batches.interrupted:
+                break
+
+            norm = engine.clip_gradients(train.grad_clip)
+            # all ranks skip the step unless the norm is finite
+            engine.optimizer_step(norm, optimizer)
+            engine.update_ema(train.ema_decay)
+            log.step(norm, lr, batches)
+
+            saving = saving or stopping or engine.is_due(train.save_every)
+            if saving or engine.is_due(train.log_every) or engine.is_due(train.max_nonfinite):
+                check_finite(engine, checkpoints, log, batches)
+            if engine.is_due(train.log_every):
+                log.row()
+            # after a skipped step nothing is saved, the weights may be ruined: after the next one
+            if saving and norm.isfinite():
+                checkpoints.export(path, engine, **info)
+                checkpoints.save(engine, optimizer, log)
+                saving = False
+            if stopping and not saving:
+                break
 
 
 if __name__ == "__main__":

@@ -558,6 +558,22 @@ def make_parser(doc, short_table=""):
     return parser
 
 
+def make_training_parser(doc):
+    """make_parser for a training stage, with --plan, --verify, --max-bad and --profile."""
+    parser = make_parser(doc)
+    parser.add_argument("--plan", nargs="?", const="", metavar="CONFIG",
+                        help="train nothing: say what this training needs of time and memory; "
+                        "with a config file, before there is a run")
+    parser.add_argument("--verify", action="store_true",
+                        help="before the first step, compare the shards' SHA-256 with their "
+                        "manifest's (their names, sizes and clustering always are)")
+    parser.add_argument("--max-bad", dest="data.max_bad", metavar="SHARE",
+                        help="the same as --data.max_bad: 0.01 or 1%%")
+    parser.add_argument("--profile", action="store_true",
+                        help="write torch's trace of three steps to RUN/logs/NAME.trace.json")
+    return parser
+
+
 def _short_flag(key):
     return f"--{key.replace('_', '-')}"
 

@@ -1,151 +1,168 @@
-"""ddm.run"""
+"""The run directory: what stages read of each other in it, and how a training stands.
+
+What one stage has written another one reads through here; whatever is damaged, or of another
+clustering, is refused with one line.
+"""
 import contextlib
-import fcntl
-import json
+import glob
+import hashlib
 import os
-import socket
-import sys
 import threading
-import time
+from datetime import timedelta
 
 from ddm.artifacts import read_description
+from ddm.config import differences
 from ddm.errors import UserError
-from ddm.files import parse_json, read_json
+from ddm.files import read_json, try_folder, write_text
+from ddm.lock import alone
+from ddm.process import gather, progress
+
+# how a training stands, in RUN/checkpoints/NAME/status
+FINISHED = "finished"
+UNFINISHED = "to be continued"
+FAILED = "failed"
+
+# what an artifact says of a network, at the least
+NETWORK = {"name": str}
+
+# what clusters.safetensors says of itself
+CLUSTERING = {
+    "fingerprint": str,
+    "extractor": NETWORK,
+    "seed": int,
+    "assign": str,
+    "inputs": str,
+    "tars": int,
+    "networks": {"autoencoder": NETWORK, "text": NETWORK},
+}
+
+# shards/K/manifest.json
+ENTRY = {"samples": int, "bytes": int, "sha256": str, "source": str}
+MANIFEST = {"fingerprint": str, "tars": {str: ENTRY}}
 
 
-NETWORK = {"name": str}         # what an artifact says of a network, at the least
-CLUSTERING = {"fingerprint": str, "extractor": NETWORK, "seed": int, "assign": str, "inputs": str, "tars": int,
-              "networks": {"autoencoder": NETWORK, "text": NETWORK}}
-MANIFEST = {"fingerprint": str, "tars": {str: {"samples": int, "bytes": int, "sha256": str, "source": str}}}
+# ---- what cluster.py has written -----------------------------------------------------------------
 
-
-def read_clusters(run):
-    """What RUN/clusters.safetensors says besides its centroids: the fingerprint that all of the run carries, and the networks meant for it."""
-    path = os.path.join(run, "clusters.safetensors")
+def read_clusters(run_dir):
+    """What RUN/clusters.safetensors says besides its centroids (CLUSTERING): the fingerprint that
+    all of the run carries, and the networks meant for it.
+    """
+    path = os.path.join(run_dir, "clusters.safetensors")
     try:
         return read_description(path, CLUSTERING)
     except ValueError as error:
-        raise UserError(f"cannot read {path} ({error}): make it with cluster.py --run-dir {run} --data ...") from None
+        raise UserError(f"cannot read {path} ({error}): make it with cluster.py --run-dir "
+                        f"{run_dir} --data ...") from None
 
 
 def read_manifest(folder):
-    """What RUN/shards/K/manifest.json says (MANIFEST). UserError where there is none, or it is damaged."""
+    """What RUN/shards/K/manifest.json says (MANIFEST). UserError if there is none, or damaged."""
     path = os.path.join(folder, "manifest.json")
     try:
         return read_json(path, MANIFEST)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): copy the folder whole, or make it with cluster.py") from None
+        raise UserError(f"cannot read {path} ({error}): copy the folder whole, or make it with "
+                        f"cluster.py") from None
 
 
-BEAT = 5            # seconds between two signs of life of a lock's holder
-SILENCE = 20        # seconds without one, after which a holder that this kernel does not know is dead
-LEASE = 120         # seconds that a network file system may keep the lock of a machine that died
+def find_shards(run_dir):
+    """The numbers of the shards that are here, as images or as latents: ["0", "1", ...]."""
+    found = set()
+    for part in ("shards", "latents"):
+        folder = os.path.join(run_dir, part)
+        if os.path.isdir(folder):
+            found.update(name for name in os.listdir(folder) if name.isdigit())
+    return sorted(found, key=int)
 
 
-def _this_kernel():
-    """Names the running kernel, whose locks its processes see, in containers too."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as f:
-            return f.read().strip()
-    except OSError:
-        return socket.gethostname()
+def check_shard(folder, fingerprint, ranks, verify=False):
+    """UserError unless the tars of RUN/shards/K are those of its manifest, and of this clustering.
 
-
-class Lock:
-    """`with Lock(path, what):` nobody else, on any host that shares the file system, has the lock of this path meanwhile.
-
-    The kernel's lock (flock) ends with its process, whatever killed it. Where hosts do not see each other's, the holder touches
-    the file every few seconds: one that stays untouched is a dead process's. UserError if somebody has it.
+    verify: look at their contents, too; the ranks share the work.
     """
+    manifest = read_manifest(folder)
+    if manifest["fingerprint"] != fingerprint:
+        raise UserError(f"{folder} is of clustering {manifest['fingerprint']}, "
+                        f"clusters.safetensors of {fingerprint}: take both from the same run")
 
-    def __init__(self, path, what):
-        self.path, self.what, self.file = path, what, None
+    existing = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.tar")):
+        existing[os.path.basename(path)] = os.path.getsize(path)
+    meant = {name: entry["bytes"] for name, entry in manifest["tars"].items()}
+    if existing != meant:
+        raise UserError(f"{folder} is not as its manifest says (bytes there / in the manifest: "
+                        f"{differences(existing, meant)}): copy it again, or run cluster.py again "
+                        f"where the data is")
+    if verify:
+        verify_shard(folder, manifest, ranks)
 
-    def __enter__(self):
-        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-        deadline = time.monotonic() + LEASE
-        while self.file is None:
-            file = open(self.path, "a+b")
-            try:
-                if self._take(file, deadline):
-                    self.file = file
-            except FileNotFoundError:       # its holder has just finished, and removed it
-                pass
-            finally:
-                if self.file is None:
-                    file.close()
 
-        me = {"host": socket.gethostname(), "kernel": _this_kernel(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        self.file.truncate(0)
-        self.file.write(json.dumps(me).encode())
-        self.file.flush()
-        # a forked process would hold the lock for as long as it lives
-        os.register_at_fork(after_in_child=self.file.close)
-        self._done = threading.Event()
-        threading.Thread(target=self._beat, daemon=True).start()
-        return self
+def verify_shard(folder, manifest, ranks):
+    """UserError unless the tars' SHA-256 are the manifest's."""
+    damaged = []
+    mine = sorted(manifest["tars"])[ranks.rank::ranks.world]
+    for name in progress(mine, desc="verifying, tars"):
+        with open(os.path.join(folder, name), "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        if digest != manifest["tars"][name]["sha256"]:
+            damaged.append(name)
+    damaged = sum(gather(damaged), [])
+    if damaged:
+        raise UserError(f"{folder}: {', '.join(damaged)} is not what its SHA-256 in the manifest "
+                        f"says: copy it again")
 
-    def __exit__(self, *error):
-        self._done.set()
-        with contextlib.suppress(OSError):
-            os.remove(self.path)
-        self.file.close()
 
-    def _beat(self):
-        while not self._done.wait(BEAT):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
+# ---- how a training stands -----------------------------------------------------------------------
 
-    def _take(self, file, deadline):
-        """Whether the lock is ours now; False: try again. UserError if it is somebody's. FileNotFoundError if it has gone meanwhile."""
-        taken, by_kernel = False, True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            taken = True
-        except OSError:         # a file system without locks: the signs of life must do
-            by_kernel = False
+_marking = threading.Lock()
 
-        holder = self._holder(file)
-        here = holder is None or holder["kernel"] == _this_kernel()
-        if taken and here:
-            raise UserError(self._taken(holder))
-        if holder and not (here and by_kernel) and self._shows_life():
-            raise UserError(self._taken(holder))
-        if taken:               # by a machine that is dead: the file server gives the lock up in a while
-            if time.monotonic() > deadline:
-                raise UserError(self._taken(holder))
-            return False
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
 
-    def _holder(self, file):
-        """Who wrote the file -> {host, kernel, pid, since}; None if nobody has yet."""
-        file.seek(0)
-        try:
-            return parse_json(file.read().decode(), {"host": str, "kernel": str, "pid": int, "since": str})
-        except ValueError:
-            return None
+def mark(folder, status, step=None, begins=False):
+    """Tells a scheduler's script how the training in RUN/checkpoints/NAME stands, in its file
+    `status`: finished, to be continued (the same command resumes), or failed (it would fail again),
+    and at which step (None: as it says already).
 
-    def _taken(self, holder):
-        by = f"process {holder['pid']} on {holder['host']} since {holder['since']}" if holder else "another process"
-        return f"{self.what} is being worked on by {by} ({self.path}): wait until it has ended, or stop it"
-
-    def _shows_life(self):
-        """Looks for SILENCE whether the holder touches the file."""
-        print(f"{self.path} is of another machine: looking for {SILENCE} s whether its process lives", file=sys.stderr, flush=True)
-        first, until = os.stat(self.path).st_mtime_ns, time.monotonic() + SILENCE
-        while True:
-            last_look = time.monotonic() > until
-            with open(self.path, "rb") as file:     # opened anew, a network file system says the truth
-                if os.fstat(file.fileno()).st_mtime_ns != first:
-                    return True
-            if last_look:
-                return False
-            time.sleep(min(1, SILENCE / 4))
+    What has failed stays so, whatever a thread is still writing, until a training `begins` anew.
+    """
+    path = os.path.join(folder, "status")
+    with _marking:
+        said = ""
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                said = f.read().strip()
+        if said.startswith(FAILED) and status != FAILED and not begins:
+            return
+        if step is None:
+            step = said.rpartition(" ")[2] or 0
+        write_text(path, f"{status} {step}\n")
 
 
 @contextlib.contextmanager
-def alone(path, what):
-    """Lock, held by rank 0 for all of them."""
-    with Lock(path, what) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
-        yield
+def owned(run_dir, name):
+    """For the time of a training, nobody else trains `name` of this run. A UserError, which the
+    same command would meet again, marks it as failed: a scheduler's script need not try.
+
+    Its places of output are tried first, on rank 0, which has the lock. UserError, OSError.
+    """
+    if not os.path.isdir(run_dir):
+        raise UserError(f"there is no run at {run_dir}: make it with cluster.py --run-dir "
+                        f"{run_dir} --data ...")
+    folder = os.path.join(run_dir, "checkpoints", name)
+    if os.environ.get("RANK", "0") == "0":
+        try_folder(folder)
+        for part in ("logs", "samples", "experts"):
+            try_folder(os.path.join(run_dir, part))
+    with alone(os.path.join(folder, "lock"), f"{name} of {run_dir}"):
+        try:
+            yield
+        except UserError:
+            with contextlib.suppress(OSError):
+                mark(folder, FAILED)
+            raise
+
+
+def collective_timeout(train):
+    """How long ranks wait for each other: one that waits ends by its own watchdog before."""
+    if train.timeout:
+        return timedelta(seconds=train.timeout) + timedelta(minutes=1)
+    return timedelta(days=7)
