@@ -11,11 +11,17 @@ import torch
 from conftest import ENVIRONMENT, ROOT, command, command_line, copy, inside
 from safetensors.torch import load_file
 
-import engine
-import model as models
-from training import TIMING
-from ddm import artifacts, plan
 import ddm.process
+import flow
+import model as models
+from ddm import artifacts, engine, plan
+from ddm import log as logs
+from ddm.checkpoint import Checkpoints
+from ddm.config import make_config
+from ddm.log import Log
+
+# columns of the log that no two runs share
+TIMING = ("images_per_s", "mfu", "wait", "memory_gb")
 
 KINDS = {"DiT": dict(condition="class", classes=10), "MMDiT": dict(condition="text", text_dim=6, length=5, double=2)}
 
@@ -134,13 +140,48 @@ def test_a_micro_batch_that_leaves_a_rest_is_said_with_its_divisors(capsys):
     assert "1 and 7 divide 7" in capsys.readouterr().err
 
 
-def made(tmp_path, **settings):
-    """An engine.State of the small DiT on this process."""
-    from ddm.config import make_config
-    config = make_config({f"train.{key}": value for key, value in settings.items()})
-    ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-    return engine.State(str(tmp_path), "x", small("DiT").config, config.train, ranks, config, SimpleNamespace(info={}), 3,
-                        initial=small("DiT").state_dict())
+class Made:
+    """A training of the small DiT on this process, as the scripts put one together."""
+
+    def __init__(self, folder, make_optimizer=None, **settings):
+        config = make_config({f"train.{key}": value for key, value in settings.items()})
+        self.train = config.train
+        ranks = ddm.process.Ranks(0, 1, torch.device("cpu"))
+        model = small("DiT")
+        self.checkpoints = Checkpoints(str(folder), "x", self.train, ranks, {"model": "small"})
+        self.engine = engine.Engine("x", model.config, self.train, ranks, batch=3,
+                                    initial=model.state_dict(),
+                                    resumed=self.checkpoints.resumed)
+        make_optimizer = make_optimizer or self.adamw
+        self.optimizer = make_optimizer(self.engine.model)
+        self.log = Log(str(folder), self.engine, config)
+        self.checkpoints.resume(self.engine, self.optimizer, self.log)
+
+    def adamw(self, model):
+        return torch.optim.AdamW(model.parameters(), self.train.lr, fused=True)
+
+    def step(self, spoil=False):
+        """One step on the fixed inputs; spoil: with a gradient that is not finite."""
+        gradients(self.engine.model, "DiT")
+        if spoil:
+            next(self.engine.model.parameters()).grad.fill_(float("nan"))
+        norm = self.engine.clip_gradients(self.train.grad_clip)
+        optimizers = self.optimizer if isinstance(self.optimizer, list) else [self.optimizer]
+        self.engine.optimizer_step(norm, *optimizers)
+        self.engine.update_ema(self.train.ema_decay)
+
+    def save(self):
+        self.checkpoints.save(self.engine, self.optimizer, self.log)
+
+    def weights(self):
+        return {k: p.detach().clone() for k, p in self.engine.model.named_parameters()}
+
+    def ema(self):
+        return {k: e.clone() for k, e in self.engine.ema.items()}
+
+
+def made(folder, make_optimizer=None, **settings):
+    return Made(folder, make_optimizer, **settings)
 
 
 def test_a_compiled_training_warns_of_a_rest_and_an_eager_one_does_not(tmp_path, capsys):
@@ -154,23 +195,80 @@ def test_a_compiled_training_warns_of_a_rest_and_an_eager_one_does_not(tmp_path,
 def test_one_writer_writes_each_checkpoint_as_the_state_was(tmp_path, monkeypatch, cached):
     """cached: as on a GPU, where memory is pinned once and kept; here it cannot be pinned."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    state = made(tmp_path)
-    state.writer.cache_staged_state_dict = cached
-    writer, averages = state.writer, []
-    for n in range(1, 4):
-        gradients(state.model, "DiT")
-        state.update()
-        averages.append({k: e.clone() for k, e in state.ema.items()})
-        state.save("to be continued")
+    training = made(tmp_path)
+    checkpoints = training.checkpoints
+    checkpoints.writer.cache_staged_state_dict = cached
+    writer = checkpoints.writer
+    averages = []
+    for _ in range(3):
+        training.step()
+        averages.append(training.ema())
+        training.save()
+        # training goes on while it is written
         with torch.no_grad():
-            next(iter(state.ema.values())).add_(100)        # training goes on while it is written
-        assert state.finish_saving() and state.writer is writer
-        next(iter(state.ema.values())).sub_(100)
-    assert [os.path.basename(path) for path in state.checkpoints()] == ["step-00000002", "step-00000003"]       # train.keep_last
-    for path, average in zip(state.checkpoints(), averages[1:]):
+            next(iter(training.engine.ema.values())).add_(100)
+        assert checkpoints.finish_saving() and checkpoints.writer is writer
+        next(iter(training.engine.ema.values())).sub_(100)
+
+    # train.keep_last
+    names = [os.path.basename(path) for path in checkpoints.folders()]
+    assert names == ["step-00000002", "step-00000003"]
+    for path, average in zip(checkpoints.folders(), averages[1:], strict=True):
         found = {"ema": {k: torch.zeros_like(e) for k, e in average.items()}}
         torch.distributed.checkpoint.load(found, checkpoint_id=path, no_dist=True)
         assert all(torch.equal(found["ema"][k], e) for k, e in average.items())
+
+
+# ---- gradients that are not finite, whatever the optimiser ------------------------------------------------------------
+
+def muon_and_adamw(model):
+    """torch's Muon for the blocks' matrices, AdamW for the rest."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    chosen = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(rest, 0.01)]
+
+
+OPTIMIZERS = {
+    "AdamW, fused": lambda model: torch.optim.AdamW(model.parameters(), 0.01, fused=True),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), 0.01),
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), 0.01),
+    "SGD, momentum": lambda model: torch.optim.SGD(model.parameters(), 0.01, momentum=0.9),
+    "Muon": muon_and_adamw,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_is_skipped_by_any_optimiser(tmp_path, name):
+    training = made(tmp_path / "with", OPTIMIZERS[name])
+    without = made(tmp_path / "without", OPTIMIZERS[name])
+    for spoil in (False, True, True, False):
+        before = training.weights()
+        training.step(spoil)
+        moved = any(not torch.equal(p, before[k]) for k, p in training.weights().items())
+        assert moved != spoil
+    assert training.engine.nonfinite.tolist() == [0, 2, 2]
+
+    # as if the two steps had not been, momentum and all
+    for _ in range(2):
+        without.step()
+    for k, p in without.weights().items():
+        assert torch.equal(p, training.weights()[k])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimiser_resumes_with_the_same_bits(tmp_path, name):
+    training = made(tmp_path, OPTIMIZERS[name])
+    for _ in range(2):
+        training.step()
+    training.save()
+    assert training.checkpoints.finish_saving()
+    again = made(tmp_path, OPTIMIZERS[name])
+    assert again.checkpoints.resumed and again.engine.step == 2
+    for each in (training, again):
+        each.step()
+    for k, p in training.weights().items():
+        assert torch.equal(p, again.weights()[k])
 
 
 # ---- samples while training -----------------------------------------------------------------------------------------
@@ -190,10 +288,9 @@ LACKING = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 
 
-def sampled(state):
-    import training
-    from ddm.config import make_config
-    training.save_samples(state, make_config({}), Stub(), Stub(), solver_steps=2)
+def sampled(training, folder):
+    logs.save_samples(training.engine, make_config({}), Stub(), Stub(), folder / "samples",
+                      solver_steps=2)
 
 
 def raising(error):
@@ -204,137 +301,155 @@ def raising(error):
 
 @pytest.mark.parametrize("error", LACKING, ids=range(4))
 @pytest.mark.parametrize("where", ["decoding", "the model", "the conditions"])
-def test_memory_that_samples_lack_is_a_warning_and_changes_no_weight(tmp_path, monkeypatch, capsys, where, error):
-    state = made(tmp_path)
-    gradients(state.model, "DiT")
-    state.update()
-    before = {k: p.detach().clone() for k, p in state.model.named_parameters()}, {k: e.clone() for k, e in state.ema.items()}
+def test_memory_that_samples_lack_is_a_warning_and_changes_no_weight(tmp_path, monkeypatch, capsys,
+                                                                     where, error):
+    training = made(tmp_path)
+    training.step()
+    weights = training.weights()
+    ema = training.ema()
     if where == "the model":
         monkeypatch.setattr("flow.predict_velocity", raising(error))
+    elif where == "decoding":
+        monkeypatch.setattr(Stub, "pictures", raising(error))
     else:
-        monkeypatch.setattr(Stub, "pictures" if where == "decoding" else "__getitem__", raising(error))
-    sampled(state)
+        monkeypatch.setattr(Stub, "__getitem__", raising(error))
+
+    sampled(training, tmp_path)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("warning: the samples could not be made (") and "training goes on" in said
+    assert said.count("\n") == 1 and said.startswith("warning: the samples could not be made (")
+    assert "training goes on" in said
     assert not os.path.exists(tmp_path / "samples")
-    assert all(torch.equal(p, before[0][k]) for k, p in state.model.named_parameters())
-    assert all(torch.equal(e, before[1][k]) for k, e in state.ema.items())
+    assert all(torch.equal(p, weights[k]) for k, p in training.weights().items())
+    assert all(torch.equal(e, ema[k]) for k, e in training.ema().items())
     monkeypatch.undo()
-    sampled(state)
+    sampled(training, tmp_path)
     assert os.listdir(tmp_path / "samples") == ["x-00000001.png"]
 
 
 def test_another_error_of_samples_ends_training_with_the_weights_in_place(tmp_path, monkeypatch):
-    state = made(tmp_path)
-    gradients(state.model, "DiT")
-    state.update()
-    before = {k: p.detach().clone() for k, p in state.model.named_parameters()}
+    training = made(tmp_path)
+    training.step()
+    before = training.weights()
     monkeypatch.setattr("flow.predict_velocity", raising(RuntimeError("shapes do not fit")))
     with pytest.raises(RuntimeError, match="shapes"):
-        sampled(state)
-    assert all(torch.equal(p, before[k]) for k, p in state.model.named_parameters())
+        sampled(training, tmp_path)
+    assert all(torch.equal(p, before[k]) for k, p in training.weights().items())
 
 
 def test_sharded_ranks_agree_before_the_model_and_fail_within_it(tmp_path, monkeypatch):
-    """As if this rank were of a sharded training: another one's lack of memory is this one's, too; within the model nobody may leave alone."""
-    import training
-    state = made(tmp_path)
-    state.sharded = True
-    monkeypatch.setattr(training, "gather", lambda reasons: [reasons, ["out of memory"]])
-    monkeypatch.setattr("flow.predict_velocity", raising(AssertionError("the model is not called")))
-    sampled(state)
-    monkeypatch.setattr(training, "gather", lambda reasons: [reasons, []])
+    """As if this rank were of a sharded training: another one's lack of memory is this one's, too;
+    within the model nobody may leave alone.
+    """
+    training = made(tmp_path)
+    training.engine.sharded = True
+    monkeypatch.setattr(logs, "gather", lambda reasons: [reasons, ["out of memory"]])
+    monkeypatch.setattr("flow.predict_velocity", raising(AssertionError("is not called")))
+    sampled(training, tmp_path)
+    monkeypatch.setattr(logs, "gather", lambda reasons: [reasons, []])
     monkeypatch.setattr("flow.predict_velocity", raising(LACKING[0]))
     with pytest.raises(torch.OutOfMemoryError):
-        sampled(state)
+        sampled(training, tmp_path)
 
 
-def test_samples_are_drawn_no_more_at_once_than_a_micro_batch(tmp_path, monkeypatch):
-    import flow
-    import training
-    from ddm.config import make_config
-    state, sizes, plain = made(tmp_path, micro_batch=3), [], flow.predict_velocity
-    monkeypatch.setattr(flow, "predict_velocity", lambda model, x, *rest: sizes.append(len(x)) or plain(model, x, *rest))
-    x, c = torch.randn(16, 3, 8, 8), torch.arange(16) % 10
-    some = training.draw_samples(state, make_config({}), Stub(), x, c, 2)
+def test_no_more_is_sampled_at_once_than_a_micro_batch(tmp_path, monkeypatch):
+    training = made(tmp_path, micro_batch=3)
+    sizes = []
+    plain = flow.predict_velocity
+
+    def noting(model, x, *rest):
+        sizes.append(len(x))
+        return plain(model, x, *rest)
+
+    monkeypatch.setattr(flow, "predict_velocity", noting)
+    x = torch.randn(16, 3, 8, 8)
+    c = torch.arange(16) % 10
+    config = make_config({})
+    some = logs.sample_ema(training.engine, config, Stub(), x, c, 2)
     assert set(sizes) == {3, 1} and some.shape == x.shape
-    state.train.micro_batch, state.batch = 0, 16
-    torch.testing.assert_close(training.draw_samples(state, make_config({}), Stub(), x, c, 2), some, rtol=1e-4, atol=1e-5)
+    training.train.micro_batch = 0
+    training.engine.batch = 16
+    all_at_once = logs.sample_ema(training.engine, config, Stub(), x, c, 2)
+    torch.testing.assert_close(all_at_once, some, rtol=1e-4, atol=1e-5)
     assert max(sizes) == 16
 
 
-# ---- the average ----------------------------------------------------------------------------------------------------
+# ---- the EMA weights ----------------------------------------------------------------------------------------------------
 
-def test_the_average_is_the_formula_s_and_swapping_it_twice_changes_nothing(tmp_path):
-    from ddm.config import make_config
-    config = make_config({"train.lr": 0.01, "train.ema_decay": 0.5, "train.grad_clip": 0.0})
-    ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-    state = engine.State(str(tmp_path), "x", small("DiT").config, config.train, ranks, config, SimpleNamespace(info={}), 3,
-                         initial=small("DiT").state_dict())
-    expected = {k: v.clone() for k, v in state.ema.items()}
+def test_ema_weights_are_the_formula_s_and_swapping_them_twice_changes_nothing(tmp_path):
+    training = made(tmp_path, lr=0.01, ema_decay=0.5, grad_clip=0.0)
+    expected = training.ema()
     for n in range(1, 4):
-        gradients(state.model, "DiT")
-        state.update()
+        training.step()
         decay = min(0.5, (1 + n) / (10 + n))
-        expected = {k: decay * e + (1 - decay) * p.detach() for (k, e), p in zip(expected.items(), state.model.parameters())}
-    for k, e in state.ema.items():
+        for k, p in training.weights().items():
+            expected[k] = decay * expected[k] + (1 - decay) * p
+    for k, e in training.ema().items():
         torch.testing.assert_close(e, expected[k])
-    before = {k: p.detach().clone() for k, p in state.model.named_parameters()}
-    state.swap_average()
-    for k, p in state.model.named_parameters():
-        torch.testing.assert_close(p.detach(), expected[k])
-    assert any((p - before[k]).abs().max() > 1e-3 for k, p in state.model.named_parameters())
-    state.swap_average()
-    assert all(torch.equal(p, before[k]) for k, p in state.model.named_parameters())
+
+    before = training.weights()
+    training.engine.swap_ema()
+    for k, p in training.weights().items():
+        torch.testing.assert_close(p, expected[k])
+    assert any((p - before[k]).abs().max() > 1e-3 for k, p in training.weights().items())
+    training.engine.swap_ema()
+    assert all(torch.equal(p, before[k]) for k, p in training.weights().items())
 
 
-def test_a_sharded_average_is_the_formula_s_also_after_a_resume(alone, tmp_path, monkeypatch):
-    """Its parts are taken once: they must be those that the optimiser moves, whatever loading and the first forward pass did to them."""
+def test_sharded_ema_weights_are_the_formula_s_also_after_a_resume(alone, tmp_path, monkeypatch):
+    """Their parts are taken once: they must be those that the optimiser moves, whatever loading and
+    the first forward pass did to them.
+    """
     monkeypatch.setattr(plan, "choose_parallel", lambda *_: (True, ""))
 
-    def steps(state, count):
-        expected = {k: e.full_tensor().clone() for k, e in state.ema.items()}
+    def steps(training, count):
+        expected = {k: e.full_tensor().clone() for k, e in training.engine.ema.items()}
         for _ in range(count):
-            gradients(state.model, "DiT")
-            state.update()
-            decay = min(0.5, (1 + state.step) / (10 + state.step))
-            expected = {k: decay * e + (1 - decay) * p.full_tensor().detach() for (k, e), p in zip(expected.items(), state.model.parameters())}
-        for k, e in state.ema.items():
+            training.step()
+            decay = min(0.5, (1 + training.engine.step) / (10 + training.engine.step))
+            for k, p in training.engine.model.named_parameters():
+                expected[k] = decay * expected[k] + (1 - decay) * p.full_tensor().detach()
+        for k, e in training.engine.ema.items():
             torch.testing.assert_close(e.full_tensor(), expected[k])
         return expected
 
-    settings = {"ema": 0.5, "lr": 0.01}
-    state = made(tmp_path, **settings)
-    assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in state.model.parameters())
-    steps(state, 2)
-    sampled(state)
-    last = steps(state, 1)
-    state.save("to be continued")
-    assert state.finish_saving()
+    settings = {"ema_decay": 0.5, "lr": 0.01}
+    training = made(tmp_path, **settings)
+    for p in training.engine.model.parameters():
+        assert isinstance(p, torch.distributed.tensor.DTensor)
+    steps(training, 2)
+    sampled(training, tmp_path)
+    last = steps(training, 1)
+    training.save()
+    assert training.checkpoints.finish_saving()
+
     again = made(tmp_path, **settings)
-    assert again.resumed and all(torch.equal(e.full_tensor(), state.ema[k].full_tensor()) for k, e in again.ema.items())
+    assert again.checkpoints.resumed
+    for k, e in again.engine.ema.items():
+        assert torch.equal(e.full_tensor(), training.engine.ema[k].full_tensor())
     assert any((e - last[k]).abs().max() > 1e-4 for k, e in steps(again, 3).items())
-    parts = [e.to_local().data_ptr() for e in again.ema.values()], [p.to_local().data_ptr() for p in again.model.parameters()]
-    assert [[part.data_ptr() for part in side] for side in again.pairs] == list(parts)
+    parts = [
+        [e.to_local().data_ptr() for e in again.engine.ema.values()],
+        [p.to_local().data_ptr() for p in again.engine.model.parameters()],
+    ]
+    assert [[part.data_ptr() for part in side] for side in again.engine.pairs] == parts
 
 
 def test_a_checkpoint_holds_the_moment_it_was_made_while_training_goes_on(tmp_path):
-    from ddm.config import make_config
-    config = make_config({})
-    ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-    make = lambda: engine.State(str(tmp_path), "x", small("DiT").config, config.train, ranks, config, SimpleNamespace(info={}), 3)
-    state = make()
-    state.step = 1
-    weights, average = ({k: v.detach().clone() for k, v in d.items()} for d in (dict(state.model.named_parameters()), state.ema))
-    state.save("to be continued")
+    training = made(tmp_path)
+    training.step()
+    weights = training.weights()
+    ema = training.ema()
+    training.save()
     with torch.no_grad():
-        for p, e in zip(state.model.parameters(), state.ema.values()):
+        for p, e in zip(training.engine.model.parameters(), training.engine.ema.values(),
+                        strict=True):
             p += 1
             e += 1
-    state.finish_saving()
-    again = make()
-    assert again.resumed and again.step == 1
-    assert all(torch.equal(p, weights[k]) for k, p in again.model.named_parameters()) and all(torch.equal(e, average[k]) for k, e in again.ema.items())
+    training.checkpoints.finish_saving()
+    again = made(tmp_path)
+    assert again.checkpoints.resumed and again.engine.step == 1
+    assert all(torch.equal(p, weights[k]) for k, p in again.weights().items())
+    assert all(torch.equal(e, ema[k]) for k, e in again.ema().items())
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
@@ -392,7 +507,7 @@ def test_compiled_blocks_train_sharded(clustered, mmdit, tmp_path):
     """The graphs run as they are traced: no C++ compiler is needed for this."""
     run = copy(clustered, tmp_path)
     script = tmp_path / "traced.py"
-    script.write_text("import os, sys; sys.path.insert(0, os.getcwd()); import engine, train_expert, functools; from ddm import errors\n"
+    script.write_text("import os, sys; sys.path.insert(0, os.getcwd()); import train_expert, functools; from ddm import engine, errors\n"
                       "engine.prepare_blocks = functools.partial(engine.prepare_blocks, backend='aot_eager')\n"
                       "errors.script(train_expert.main)\n")
     command(script, "--run-dir", run, "--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.parallel", "fsdp", "--train.compile", "yes",
@@ -478,7 +593,6 @@ def test_memory_by_hand_replicated_and_sharded():
 
 
 def test_frozen_networks_are_planned_for_and_work_before_the_model_does():
-    from ddm.config import make_config
     sdxl = "openai/clip-vit-large-patch14 + laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
     config = make_config({"autoencoder.name": "stabilityai/sd-vae-ft-mse", "text.name": sdxl})
     weights, work, unknown = plan.frozen(config, bf16=True)
@@ -497,7 +611,6 @@ def test_frozen_networks_are_planned_for_and_work_before_the_model_does():
 def test_frozen_networks_of_a_folder_are_counted_by_their_configs(networks):
     import diffusers
     import transformers
-    from ddm.config import make_config
     config = make_config({"autoencoder.name": str(networks / "vae"), "text.name": f"{networks / 'clip'} + {networks / 't5'} + {networks / 'bart'}"})
     classes = {"clip": transformers.CLIPTextModel, "t5": transformers.T5EncoderModel, "bart": transformers.BartModel}
     loaded = {name: kind.from_pretrained(networks / name) for name, kind in classes.items()}
