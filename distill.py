@@ -118,7 +118,10 @@ def parser():
 def main():
     args, given = parse(parser())
     config = load_run(args.run_dir, given, stage="student", path=args.plan)
-    # the student's, whatever its teachers'
+    for name in ("flow.objective", "flow.path"):
+        if name in given:
+            raise UserError(f"--{name}: the student predicts velocity on the linear path, "
+                            f"whatever its teachers do: leave it out")
     config.flow.objective = "velocity"
     config.flow.path = "linear"
     train = config.stage("student")

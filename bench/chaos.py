@@ -28,10 +28,11 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from training import TIMING     # noqa: E402
+# columns of the log that no two runs share
+TIMING = ("images_per_s", "mfu", "wait", "memory_gb")
 
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 WHOM = ("rank", "agent", "all")
 BATCH = 8
 CONFIG = f"""
@@ -41,7 +42,7 @@ condition = "text"
 workers = 1
 [cluster]
 experts = 3
-fine = 6
+fine_clusters = 6
 [text]
 length = 4
 vocab = 64
@@ -59,24 +60,32 @@ lr = 1e-3
 DRIVER = f"""
 import os, sys, time
 sys.path.insert(0, {ROOT!r})
-import torch, common, data, train_expert, training
+import torch, data, train_expert
+from ddm import errors, loading
+from ddm.engine import Engine
+from ddm.loading import Batches
 note = os.open(os.path.join(sys.argv.pop(1), os.environ["RANK"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 hold = int(sys.argv.pop(1))
-item, collate, batches, update = data.TarDataset.__getitem__, training.collate, training._Step.batches, training._Step.update
-data.TarDataset.__getitem__ = lambda self, position: item(self, position) | {{"position": position}}
-training.collate = lambda items: collate(items) | {{"position": torch.tensor([i["position"] for i in items])}}
-def noting(self):
-    self.positions = []
-    for batch in batches(self):
-        self.positions += batch.position.tolist()
-        yield batch
-def updating(self):
-    update(self)
-    os.write(note, f"{{self.state.step}}: {{' '.join(map(str, self.positions))}}\\n".encode())
-    while self.state.step >= hold:
+item, collate = data.TarDataset.__getitem__, loading.collate
+of_step, to_device, update_ema = Batches.of_step, Batches._to_device, Engine.update_ema
+positions = []
+def numbered(items):
+    return collate(items) | {{"position": torch.tensor([item["position"] for item in items])}}
+def stepping(self, step):
+    positions.clear()
+    yield from of_step(self, step)
+def noting(self, tensors, *args, **options):
+    positions.extend(tensors.pop("position").tolist())
+    return to_device(self, tensors, *args, **options)
+def updating(self, ema_decay):
+    update_ema(self, ema_decay)
+    os.write(note, f"{{self.step}}: {{' '.join(map(str, positions))}}\\n".encode())
+    while self.step >= hold:
         time.sleep(1)
-training._Step.batches, training._Step.update = noting, updating
-common.script(train_expert.main)
+data.TarDataset.__getitem__ = lambda self, position: item(self, position) | {{"position": position}}
+loading.collate = numbered
+Batches.of_step, Batches._to_device, Engine.update_ema = stepping, noting, updating
+errors.script(train_expert.main)
 """
 
 
@@ -222,7 +231,7 @@ def prepare(folder):
     run = os.path.join(folder, "clustered")
     with open(os.path.join(folder, "config.toml"), "w") as f:
         f.write(CONFIG)
-    for args in (["data.py", "--out", os.path.join(folder, "tars"), "--images", "240", "--size", "8"],
+    for args in (["tools/shapes.py", "--out", os.path.join(folder, "tars"), "--images", "240", "--size", "8"],
                  ["cluster.py", "--data", os.path.join(folder, "tars", "*.tar"), "--run-dir", run, "--config", os.path.join(folder, "config.toml")]):
         subprocess.run([sys.executable, *args], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     return run

@@ -15,10 +15,13 @@ import torch
 from conftest import ENVIRONMENT, ROOT, command, command_line, copy, inside, wait_until
 from safetensors.torch import load_file
 
-import engine
 import flow
-import training
-from training import TIMING
+from ddm import log as logs
+from ddm.checkpoint import Checkpoints
+from ddm.config import make_config
+
+# columns of the log that no two runs share
+TIMING = ("images_per_s", "mfu", "wait", "memory_gb")
 
 FLAGS = ["--shard", 0, "--train.save_every", 4, "--train.log_every", 2, "--data.workers", 0]
 
@@ -128,18 +131,18 @@ def small_disk(clustered, tmp_path):
 @contextlib.contextmanager
 def full_at(run, *steps):
     """The disk is full when the checkpoints of these steps are written, and not when others are."""
-    save, filler = engine.State.save, run / "checkpoints" / "filler"
+    save, filler = Checkpoints.save, run / "checkpoints" / "filler"
 
-    def saving(state, *args):
-        state.finish_saving()
+    def saving(checkpoints, engine, *args):
+        checkpoints.finish_saving()
         filler.unlink(missing_ok=True)
-        if state.step in steps:
+        if engine.step in steps:
             with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as f:
                 while True:
                     f.write(bytes(4096))
-        save(state, *args)
+        save(checkpoints, engine, *args)
 
-    with mock.patch.object(engine.State, "save", saving):
+    with mock.patch.object(Checkpoints, "save", saving):
         yield
     filler.unlink(missing_ok=True)
 
@@ -228,16 +231,54 @@ def test_too_many_such_steps_in_a_row_stop_the_training_and_name_step_and_positi
 
 
 def test_a_spike_of_loss_or_gradient_is_a_warning_also_after_a_resume(tmp_path, capsys):
-    columns = ["step", "loss", "grad_norm", "norm_max", "images_per_s", "mfu", "loss_t0"]
-    state = SimpleNamespace(run=str(tmp_path), name="expert-0", resumed=False, step=0, skipped=[], ranks=SimpleNamespace(rank=0), train=SimpleNamespace(steps=100))
+    engine = SimpleNamespace(name="expert-0", ranks=SimpleNamespace(rank=0, world=1,
+                             device=torch.device("cpu")), bf16=False, batch=1, step=0,
+                             image_flops=1, nonfinite=torch.zeros(3),
+                             train=SimpleNamespace(steps=100))
+    batches = SimpleNamespace(waited=0.0, bad=[])
+    config = make_config({})
 
-    def add(log, step, loss, norm_max):
-        log.row(step=step, loss=f"{loss:.6f}", grad_norm="1.00000", norm_max=f"{norm_max:.5f}", images_per_s="1", mfu="", loss_t0="")
+    def add(log, step, loss, norm):
+        engine.step = step
+        log.meter.add("loss", torch.tensor([loss]))
+        log.step(torch.tensor(norm), 0.1, batches)
+        log.row()
         return capsys.readouterr().err
 
-    log = training.Log(state, columns)
-    assert not any("spike" in add(log, step, loss, 2) for step, loss in enumerate([9, 5, 1, 1.1, 0.9, 1, 1.4, float("nan"), 1]))
-    state.resumed, state.step = True, 8
-    log = training.Log(state, columns)
-    assert "a spike before step 9: loss 1.8" in add(log, 9, 1.8, 9)
-    assert "a spike before step 10: norm_max 11" in add(log, 10, 1, 11)
+    log = logs.Log(str(tmp_path), engine, config)
+    log.begin(0, resumed=False)
+    losses = [9, 5, 1, 1.1, 0.9, 1, 1.4, float("nan"), 1]
+    assert not any("spike" in add(log, step, loss, 1.0) for step, loss in enumerate(losses))
+    log.end()
+    log = logs.Log(str(tmp_path), engine, config)
+    log.begin(8, resumed=True)
+    assert "a spike before step 9: loss 1.8" in add(log, 9, 1.8, 9.0)
+    assert "a spike before step 10: norm_max 11" in add(log, 10, 1.0, 11.0)
+
+
+def test_one_more_number_is_one_column_more_also_after_a_resume(tmp_path):
+    """A script that logs something else goes on with an old log, whose rows lack it."""
+    engine = SimpleNamespace(name="x", ranks=SimpleNamespace(rank=0, world=1,
+                             device=torch.device("cpu")), bf16=False, batch=1, step=0,
+                             image_flops=1, nonfinite=torch.zeros(3),
+                             train=SimpleNamespace(steps=100))
+    batches = SimpleNamespace(waited=0.0, bad=[])
+    for step, names in ((1, ["loss"]), (2, ["loss", "weight_norm"])):
+        log = logs.Log(str(tmp_path), engine, make_config({}))
+        log.begin(step - 1, resumed=step > 1)
+        engine.step = step
+        for name in names:
+            log.meter.add(name, torch.tensor([1.0, 3.0]))
+        log.meter.add_by_t("loss", torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.0, 0.1, 1.0]))
+        log.step(torch.tensor(0.5), 0.1, batches)
+        state = log.state()
+        again = logs.Log(str(tmp_path), engine, make_config({}))
+        again.load(state)
+        assert again.meter.totals() == log.meter.totals()
+        log.row()
+        log.end()
+    with open(tmp_path / "logs" / "x.csv", newline="") as f:
+        first, second = csv.DictReader(f)
+    assert first["loss"] == second["loss"] == "2.000000"
+    assert (first["weight_norm"], second["weight_norm"]) == ("", "2.00000")
+    assert (second["loss_t0"], second["loss_t1"], second["loss_t4"]) == ("2.00000", "", "5.00000")

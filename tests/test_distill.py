@@ -74,7 +74,7 @@ def test_teachers_stay_where_there_is_room(monkeypatch):
     shapes = [models.ModelConfig(8, 3, dim=dim, depth=1, heads=2, patch=2) for dim in (32, 32, 64)]
     sizes = sorted(4 * plan.parameter_count(shape) for shape in shapes)
     infos = {k: {"model": vars(shape)} for k, shape in enumerate(shapes)}
-    train = make_config({"train.precision": "fp32"}).train
+    train = make_config({"train.precision": "fp32", "train.batch": 4}).train
 
     def kept(resident, device, room=0):
         need = plan.Memory(shapes[0], False, beside=7)
@@ -82,7 +82,7 @@ def test_teachers_stay_where_there_is_room(monkeypatch):
         monkeypatch.setattr(plan, "device_memory", lambda device: memory)
         teachers = SimpleNamespace(infos=infos, dtype=torch.float32, resident=None)
         ranks = SimpleNamespace(rank=0, world=1, device=torch.device(device))
-        beside = distill.keep_teachers(teachers, resident, shapes[0], train, ranks, share=4, frozen=7)
+        beside = distill.keep_teachers(teachers, resident, shapes[0], train, ranks, frozen=7)
         return teachers.resident, beside
 
     assert kept(-1, "cpu") == (0, sum(sizes))       # 0: all
@@ -152,7 +152,7 @@ def test_two_ranks_and_a_resume_teach_the_same_student(distilled, trained, tmp_p
     (["--init", "7"], ["--init 7: there is no", "7.safetensors"]),
     (["--init", "0"], ["--init 0", "predicts x0"]),
     (["--data.size", 16], ["the student", "do not fit together", "size 16 / 8"]),
-    (["--flow.objective", "eps"], ["unknown argument --flow.objective"])])
+    (["--flow.objective", "eps"], ["--flow.objective", "velocity on the linear path"])])
 def test_mistakes_are_named_in_one_line(trained, flags, says):
     done = inside("distill.py", "--run-dir", trained, *flags)
     assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and all(text in done.stderr for text in says), done.stderr

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 import evaluate
 import flow
-import training
+
 from ddm.config import make_config
 from data import TarDataset, square, to_float
 from ddm.ensemble import Ensemble
-from ddm import artifacts, codec, encoders, features, report
+from ddm import artifacts, codec, encoders, features, loading, report
 import ddm.config
 import ddm.run
 import ddm.text
@@ -49,7 +49,7 @@ def clustered(run, data, config, *flags):
     command("cluster.py", "--data", data / "*.tar", "--run-dir", run, "--config", config, *flags)
     config, clusters = ddm.config.load_run(run, {}), ddm.run.read_clusters(run)
     space = codec.Space(config)
-    info = training.describe(config, space, clusters) | {"step": 1, "images": 1, "flops": 1}
+    info = loading.describe(config, space, clusters) | {"step": 1, "images": 1, "flops": 1}
     os.mkdir(run / "experts")
     for k in range(config.cluster.experts):
         expert = artifacts.build(ddm.config.model_config(config, "model", space))

@@ -24,7 +24,7 @@ from test_mistakes import refused
 import data
 import flow
 import model as models
-import training
+
 from data import draw_shape
 from ddm import artifacts, codec, encoders, ensemble, errors
 import ddm.config

@@ -19,12 +19,11 @@ from conftest import ENVIRONMENT, ROOT, command, copy, inside
 import data
 import ddm.config
 import ddm.files
+import ddm.lock
 import ddm.process
 import ddm.run
-import engine
 import flow
-import training
-from ddm import errors
+from ddm import checkpoint, errors, loading
 from ddm.errors import UserError
 
 FLAGS = ["--shard", 0, "--train.save_every", 4, "--train.log_every", 2, "--data.workers", 0]
@@ -61,7 +60,7 @@ def main():
         raise RuntimeError("CUDA out of memory, say")
     ddm.process.barrier()
 
-errors.script(main)
+ddm.errors.script(main)
 """)
     done = command(tmp_path / "stage.py", ranks=2, check=False, real=True)
     assert done.returncode == 1 and "RuntimeError: CUDA out of memory, say" in done.stderr and 'line 10, in main' in done.stderr
@@ -71,12 +70,12 @@ errors.script(main)
 
 def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
     path = tmp_path / "folder" / "lock"
-    with ddm.run.Lock(path, "expert-0 of runs/x"):
+    with ddm.lock.Lock(path, "expert-0 of runs/x"):
         assert json.loads(path.read_text()) == {"host": socket.gethostname(), "kernel": mock.ANY, "pid": os.getpid(), "since": mock.ANY}
         with pytest.raises(UserError, match=f"expert-0 of runs/x is being worked on by process {os.getpid()} on {socket.gethostname()} since 20"):
-            ddm.run.Lock(path, "expert-0 of runs/x").__enter__()
+            ddm.lock.Lock(path, "expert-0 of runs/x").__enter__()
     assert not path.exists()
-    with ddm.run.Lock(path, "it"):
+    with ddm.lock.Lock(path, "it"):
         pass
 
 
@@ -85,7 +84,8 @@ def test_a_lock_does_not_outlive_a_kill_nor_lives_in_forks(tmp_path):
     holder = f"""
 import os, sys, time
 sys.path.insert(0, {ROOT!r})
-ddm.run.Lock({str(path)!r}, "it").__enter__()
+import ddm.lock
+ddm.lock.Lock({str(path)!r}, "it").__enter__()
 if os.fork() == 0:
     time.sleep(120)
     os._exit(0)
@@ -95,11 +95,11 @@ time.sleep(120)
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"by process {process.pid} on"):
-            ddm.run.Lock(path, "it").__enter__()
+            ddm.lock.Lock(path, "it").__enter__()
         process.kill()
         process.wait()
         assert path.exists()
-        with ddm.run.Lock(path, "it"):       # the forked process still lives
+        with ddm.lock.Lock(path, "it"):       # the forked process still lives
             pass
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -120,12 +120,12 @@ def test_a_lock_of_another_host_holds_while_it_shows_signs_of_life(tmp_path, mon
     thread.start()
     try:
         with pytest.raises(UserError, match="by process 7 on elsewhere since yesterday"):
-            ddm.run.Lock(path, "it").__enter__()
+            ddm.lock.Lock(path, "it").__enter__()
     finally:
         stop.set()
         thread.join()
-    monkeypatch.setattr(ddm.run, "SILENCE", 0.2)
-    with ddm.run.Lock(path, "it"):
+    monkeypatch.setattr(ddm.lock, "SILENCE", 0.2)
+    with ddm.lock.Lock(path, "it"):
         assert json.loads(path.read_text())["host"] == socket.gethostname()
 
 
@@ -133,14 +133,14 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_taken(tmp_path):
     path = tmp_path / "lock"
     path.write_text(json.dumps(ELSEWHERE))
     with mock.patch("time.sleep", lambda seconds: path.unlink(missing_ok=True)):
-        with ddm.run.Lock(path, "it"):
+        with ddm.lock.Lock(path, "it"):
             assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
 def test_the_lock_of_a_machine_that_died_is_waited_for(tmp_path, monkeypatch):
     """A file server keeps it for a while; its holder shows no sign of life."""
-    monkeypatch.setattr(ddm.run, "SILENCE", 0.05)
-    path, flock, refusals = tmp_path / "lock", ddm.run.fcntl.flock, []
+    monkeypatch.setattr(ddm.lock, "SILENCE", 0.05)
+    path, flock, refusals = tmp_path / "lock", ddm.lock.fcntl.flock, []
     path.write_text(json.dumps(ELSEWHERE))
 
     def leased(file, how):
@@ -149,28 +149,28 @@ def test_the_lock_of_a_machine_that_died_is_waited_for(tmp_path, monkeypatch):
             raise BlockingIOError
         return flock(file, how)
 
-    with mock.patch("fcntl.flock", leased), ddm.run.Lock(path, "it"):
+    with mock.patch("fcntl.flock", leased), ddm.lock.Lock(path, "it"):
         assert len(refusals) == 2
     path.write_text(json.dumps(ELSEWHERE))
-    monkeypatch.setattr(ddm.run, "LEASE", 0)
+    monkeypatch.setattr(ddm.lock, "LEASE", 0)
     with mock.patch("fcntl.flock", side_effect=BlockingIOError), pytest.raises(UserError, match="by process 7 on elsewhere"):
-        ddm.run.Lock(path, "it").__enter__()
+        ddm.lock.Lock(path, "it").__enter__()
 
 
 def test_a_file_system_without_locks_goes_by_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(ddm.run, "BEAT", 0.02)
+    monkeypatch.setattr(ddm.lock, "BEAT", 0.02)
     with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
-        with ddm.run.Lock(tmp_path / "lock", "it"):
+        with ddm.lock.Lock(tmp_path / "lock", "it"):
             with pytest.raises(UserError, match="it is being worked on by process"):
-                ddm.run.Lock(tmp_path / "lock", "it").__enter__()
-        with ddm.run.Lock(tmp_path / "lock", "it"):
+                ddm.lock.Lock(tmp_path / "lock", "it").__enter__()
+        with ddm.lock.Lock(tmp_path / "lock", "it"):
             pass
 
 
 def test_a_second_training_of_a_shard_is_refused_and_marks_nothing(clustered, tmp_path):
     run = copy(clustered, tmp_path)
     assert train(run, 4).returncode == 0
-    with ddm.run.Lock(run / "checkpoints" / "expert-0" / "lock", "expert-0 of here"):
+    with ddm.lock.Lock(run / "checkpoints" / "expert-0" / "lock", "expert-0 of here"):
         line = error_of(train(run, 8))
         assert f"by process {os.getpid()} on" in line
         assert error_of(inside("train_expert.py", "--run-dir", run, "--shard", 0, "--train.stepz", 8))      # found before
@@ -186,7 +186,7 @@ def test_a_wait_for_data_that_lasts_is_ended_by_a_signal_and_saved(clustered, tm
 import sys, time
 sys.path.insert(0, {ROOT!r})
 import data, train_expert
-from ddm import errors
+from ddm import checkpoint, errors, loading
 read = data.TarDataset.__getitem__
 
 def sometimes(self, position):
@@ -218,8 +218,8 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_training(clustered, tmp_pat
         def __reduce__(self):
             raise OSError(errno.ENOSPC, "unable to allocate shared memory")
 
-    collate = training.collate
-    with mock.patch.object(training, "collate", lambda items: collate(items) | ({"lost": Lost()} if len(items) > 1 else {})):
+    collate = loading.collate
+    with mock.patch.object(loading, "collate", lambda items: collate(items) | ({"lost": Lost()} if len(items) > 1 else {})):
         line = error_of(train(run, 8, "--data.workers", 1))
     assert "a decoding process has died" in line and "/dev/shm" in line and "--data.workers" in line
 
@@ -266,7 +266,7 @@ def test_a_wait_in_the_first_step_leaves_nothing_that_cannot_be_resumed(clustere
             time.sleep(600)
         return read(self, position)
 
-    with mock.patch.object(training._Stopping, "PATIENCE", 0.1), mock.patch("data.TarDataset.__getitem__", stuck):
+    with mock.patch.object(ddm.process.Stop, "GRACE", 0.1), mock.patch("data.TarDataset.__getitem__", stuck):
         done = train(run, 6, "--train.micro_batch", 4)
     assert signalled and done.returncode == 128 + signal.SIGTERM and checkpoints(run) == []
     assert train(run, 6, "--train.micro_batch", 4).returncode == 0
@@ -282,11 +282,11 @@ def test_shared_memory_is_compared_with_what_will_be_put_there(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     need = batch * (4 * 2 + 1) * 3
     with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=need)):
-        training.check_shared_memory([item], 0, 8, 2)
+        loading.check_shared_memory([item], 0, 8, 2)
     with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=need - 1)):
         with pytest.raises(UserError, match=r"/dev/shm has .* MB free, and 2 decoding processes a rank put up to .* MB there: .*--shm-size"):
-            training.check_shared_memory([item], 0, 8, 2)
-        training.check_shared_memory([item], 0, 8, 0)
+            loading.check_shared_memory([item], 0, 8, 2)
+        loading.check_shared_memory([item], 0, 8, 0)
 
 
 # ---- gradients that are not finite --------------------------------------------------------------------------------------
@@ -366,22 +366,22 @@ def test_an_isolated_skipped_step_only_delays_the_checkpoint(clustered, tmp_path
     ([], 3)])
 def test_the_last_good_step_is_from_before_the_loss_rose(losses, good):
     rows = [{"step": str(i), "loss": f"{loss:.6f}"} for i, loss in enumerate(losses, 1)] + [{"step": "5", "loss": "nan"}]
-    assert training.last_good_step(rows, before=5) == good
+    assert checkpoint.last_good_step(rows, before=5) == good
 
 
 # ---- the marker -----------------------------------------------------------------------------------------------------
 
 def test_a_failure_is_not_marked_over_by_a_checkpoint_on_its_way(tmp_path):
     folder = str(tmp_path)
-    engine.mark(folder, engine.UNFINISHED, 3, begins=True)
-    engine.mark(folder, engine.FAILED)
-    threads = [threading.Thread(target=engine.mark, args=(folder, engine.UNFINISHED, step)) for step in range(20)]
+    ddm.run.mark(folder, ddm.run.UNFINISHED, 3, begins=True)
+    ddm.run.mark(folder, ddm.run.FAILED)
+    threads = [threading.Thread(target=ddm.run.mark, args=(folder, ddm.run.UNFINISHED, step)) for step in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert (tmp_path / "status").read_text() == "failed 3\n" and os.listdir(tmp_path) == ["status"]
-    engine.mark(folder, engine.UNFINISHED, 3, begins=True)
+    ddm.run.mark(folder, ddm.run.UNFINISHED, 3, begins=True)
     assert (tmp_path / "status").read_text() == "to be continued 3\n"
 
 
