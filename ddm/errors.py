@@ -1,4 +1,4 @@
-"""ddm.errors"""
+"""One line for what the user got wrong, and how a script ends."""
 import errno
 import io
 import multiprocessing
@@ -11,11 +11,11 @@ import traceback
 import torch.distributed as dist
 
 
-
 class UserError(Exception):
     """Something the user got wrong: one line that names it, both values and the remedy.
 
-    Rank 0 prints it, since all ranks meet the same mistake; local: this rank alone knows of it, and prints it.
+    Rank 0 prints it, since all ranks meet the same mistake; local: this rank alone knows of it, and
+    prints it.
     """
 
     def __init__(self, text, local=False):
@@ -23,32 +23,47 @@ class UserError(Exception):
         self.local = local
 
 
-def script(main):
-    """Runs a stage's main(); a mistake of the user's becomes one line on stderr, from rank 0 alone, and exit code 2.
+# ---- how a script ends ---------------------------------------------------------------------------
 
-    So does whatever the file system refuses. Any other exception prints its traceback. The process group is left only after
-    main() has returned: with NCCL, leaving it is a collective, in which a rank that failed would wait for all the others.
+def script(main):
+    """Runs a stage's main(); a mistake of the user's becomes one line on stderr, from rank 0 alone,
+    and exit code 2.
+
+    So does whatever the file system refuses. Any other exception prints its traceback. The process
+    group is left only after main() has returned: with NCCL, leaving it is a collective, in which a
+    rank that failed would wait for all the others.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be text
-    others = os.environ.get("RANK", "0") != "0"
+        # a file's name need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        # ranks other than 0 keep silent about what all of them have met
-        end(2, error_line(error) if error.local or not others else "", after=0 if error.local else 3)
+        end_of_mistake(error)
     except (OSError, UnicodeEncodeError) as error:
-        if line := explain(error):
-            end(2, error_line(line), after=3)      # rank 0 may have met the same
+        line = explain(error)
+        if line:
+            # rank 0 may have met the same
+            end(2, error_line(line), after=3)
         end(1, traceback.format_exc())
     except KeyboardInterrupt:
         end(130, "stopped by Ctrl-C")
     except SystemExit:
         raise
-    except BaseException:       # some of torch's are no Exception
+    except BaseException:
+        # some of torch's are no Exception
         end(1, traceback.format_exc())
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_of_mistake(error):
+    """Ends the process for a UserError."""
+    if error.local:
+        end(2, error_line(error))
+    # ranks other than 0 keep silent about what all of them have met
+    speaks = os.environ.get("RANK", "0") == "0"
+    end(2, error_line(error) if speaks else "", after=3)
 
 
 def error_line(text):
@@ -57,9 +72,11 @@ def error_line(text):
 
 
 def end(code, text, after=0):
-    """Prints `text` and ends the process; on several ranks without another word to the others, which may wait for this one.
+    """Prints `text` and ends the process; on several ranks without another word to the others,
+    which may wait for this one.
 
-    after: seconds that ranks other than 0 wait with it. torchrun ends them when the first has gone: rank 0 speaks first.
+    after: seconds that ranks other than 0 wait with it. torchrun ends them when the first has gone:
+    rank 0 speaks first.
     """
     if after and os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -79,6 +96,8 @@ def kill_children():
         process.kill()
 
 
+# ---- what the file system refuses ----------------------------------------------------------------
+
 REMEDIES = {
     errno.ENOSPC: "make room, and run the same command again",
     errno.EDQUOT: "the quota is used up: make room, and run the same command again",
@@ -94,17 +113,27 @@ REMEDIES = {
     errno.EMFILE: "raise the number of files that a process may open: ulimit -n 65536",
     errno.ENFILE: "the machine has too many files open: close other programs",
     errno.EFBIG: "raise the largest size that a file may have: ulimit -f unlimited",
-    errno.EIO: "the disk or the network file system fails: run the same command again when it works",
+    errno.EIO: "the disk or the network file system fails: run the same command again when it "
+               "works",
     errno.ESTALE: "the network file system has lost it: run the same command again",
 }
 
+# these are known by no path
+PATHLESS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE)
+
 
 def explain(error):
-    """One line for what the file system refused: path, reason and remedy. Empty for an error that is none of this kind."""
+    """One line for what the file system refused: path, reason and remedy. Empty for an error that
+    is none of this kind.
+    """
     if isinstance(error, UnicodeEncodeError):
-        return (f"{error.object!r} cannot be written in {error.encoding}: rename it, or use a UTF-8 locale (LANG=C.UTF-8)")
-    path = error.filename if error.filename2 is None else error.filename2
-    if error.errno in REMEDIES and (path is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE)):
+        return (f"{error.object!r} cannot be written in {error.encoding}: rename it, or use a "
+                f"UTF-8 locale (LANG=C.UTF-8)")
+
+    path = error.filename
+    if error.filename2 is not None:
+        path = error.filename2
+    if error.errno in REMEDIES and (path is not None or error.errno in PATHLESS):
         place = "" if path is None else f"{path}: "
         return f"{place}{os.strerror(error.errno)}: {REMEDIES[error.errno]}"
     if path is not None and error.errno:
