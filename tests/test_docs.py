@@ -40,7 +40,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_scripts_that_are_named_exist(page):
-    for script in re.findall(r"(?:python|torchrun [^\n`]*?|bash) ((?:[\w./-]+/)?\w+\.(?:py|sh))\b", read(page)):
+    for script in re.findall(r"(?:python|torchrun --[^\n`]*?|bash) ((?:[\w./-]+/)?\w+\.(?:py|sh))\b", read(page)):
         assert os.path.exists(os.path.join(ROOT, script)), script
 
 

@@ -3,6 +3,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -489,3 +490,17 @@ def test_json_of_the_wrong_shape_says_where(tmp_path, value, said):
     (tmp_path / "x.json").write_text(json.dumps(value))
     with pytest.raises(ValueError, match=said):
         ddm.files.read_json(tmp_path / "x.json", {"tars": {str: {"n": int}}})
+
+
+# ---- torchrun, as a user types it -----------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", [[], ["--run-dir", "runs/ddm"]])
+def test_torchrun_takes_no_flag_of_ours_for_its_own(clustered, tmp_path, flags):
+    """torchrun --nproc_per_node=2 train_expert.py --shard 0, in a folder with runs/ddm."""
+    shutil.copytree(clustered, tmp_path / "runs" / "ddm")
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    script = os.path.join(ROOT, "train_expert.py")
+    done = subprocess.run([*torchrun, "--nproc_per_node=2", script, "--shard", "0", *flags],
+                          cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "ddm" / "experts" / "0.safetensors").exists()
