@@ -256,27 +256,22 @@ class Engine:
         norm = torch.nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def step_unless(self, nonfinite, optimizer):
-        """Steps an optimiser unless `nonfinite` (bool, a scalar on the device); clears gradients.
-
-        Where it is so, weights and the optimiser's state stay as they are. A fused optimiser is
-        told so on the device, as by torch.amp's scaler, and nobody waits; any other one waits.
-        """
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.found_inf = nonfinite.float()
-            optimizer.step()
-        elif not nonfinite:
-            optimizer.step()
-        # DDP's gradients are views of its buckets: without them there would be two copies
-        optimizer.zero_grad(set_to_none=self.wrapped is self.model)
-
     def optimizer_step(self, norm, *optimizers):
-        """One step of the training: of all its optimisers, or of none if the gradient's norm is not
-        finite, which all ranks' is alike.
+        """Steps all optimisers, or none if the gradient's norm, which is all ranks' alike, is not
+        finite: then weights and the optimisers' state stay as they are. Clears the gradients.
+
+        A fused optimiser is told so on the device, as by torch.amp's scaler, and nobody waits; any
+        other one waits.
         """
         nonfinite = ~norm.isfinite()
         for optimizer in optimizers:
-            self.step_unless(nonfinite, optimizer)
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                optimizer.found_inf = nonfinite.float()
+                optimizer.step()
+            elif not nonfinite:
+                optimizer.step()
+            # DDP's gradients are views of its buckets: without them there would be two copies
+            optimizer.zero_grad(set_to_none=self.wrapped is self.model)
 
         skipped = nonfinite.float()
         self.nonfinite[0] = (self.nonfinite[0] + 1) * skipped
