@@ -60,6 +60,13 @@ steps = 4
 """
 
 
+def pytest_collection_modifyitems(items):
+    """Slow is whatever needs what the commands make: the tars, a run."""
+    for item in items:
+        if "tars" in item.fixturenames:
+            item.add_marker("slow")
+
+
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 

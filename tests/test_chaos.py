@@ -57,6 +57,7 @@ def whole(clustered, tmp_path_factory):
 
 # ---- kills and hangs ----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_rank_torchrun_and_all_killed_one_after_the_other_leave_no_trace_in_weights_log_and_order_of_the_data(tmp_path):
     """Also: torchrun ends when a rank has gone, and ranks end when torchrun has, before another attempt can begin."""
     done = subprocess.run([sys.executable, os.path.join(ROOT, "bench", "chaos.py"), "--run-dir", tmp_path, "--kills", "3", "--saves", "3", "--exports", "0", "--steps", "150"],

@@ -47,6 +47,7 @@ def error_of(done):
 
 # ---- a rank that fails ----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_failing_rank_ends_at_once_and_shows_its_traceback(tmp_path):
     """Leaving the group is a collective with NCCL: here it is one that never ends, as it would be for a rank that fails alone."""
     (tmp_path / "stage.py").write_text(f"""
@@ -80,6 +81,7 @@ def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_lock_does_not_outlive_a_kill_nor_lives_in_forks(tmp_path):
     path = tmp_path / "lock"
     holder = f"""
@@ -478,6 +480,7 @@ def test_a_text_file_in_another_encoding_is_refused(tmp_path, payload):
         ddm.files.read_text(tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_a_config_survives_any_locale(tmp_path):
     code = f"import sys; sys.path.insert(0, {ROOT!r}); import ddm.config; ddm.config.write_toml(ddm.config.make_config({{'text.name': 'caf\\xe9'}}), 'x.toml'); print(ddm.config.read_toml('x.toml')['text.name'] == 'caf\\xe9')"
     done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=ENVIRONMENT | {"LC_ALL": "en_US.ISO-8859-1", "PYTHONCOERCECLOCALE": "0"}, capture_output=True, text=True)
