@@ -27,7 +27,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -42,10 +42,9 @@ from ddm.config import Config, Sample, check_sample, load_run, make_config, make
 from ddm.ensemble import DENSE, Ensemble, beginnings, open_space
 from ddm.errors import UserError, script
 from ddm.features import KEPT, cluster_space, distance_space, open_reference, read_reference
-from ddm.files import atomic, try_file, try_folder, write_text
-from ddm.metrics import Statistics, frechet_distance, precision_recall, router_quality
+from ddm.metrics import Statistics, compare, router_quality, summarise_losses
 from ddm.process import collect, gather, on_rank_0, progress, start, sum_over_ranks
-from ddm.report import as_text, experts_figure, ledger
+from ddm.report import Output, experts_figure, ledger
 from ddm.run import read_clusters
 from ddm.tars import find_tars, read_sources
 from ddm.text import normalise_text
@@ -126,48 +125,18 @@ class Reference:
         members = self.data.members(self.order[i])
         return check_condition(members, self.data.condition, self.data.classes)
 
+    def classes(self):
+        """The classes of all samples, None where conditions are none."""
+        if self.data.condition != "class":
+            return None
+        return [self.condition(i) for i in range(len(self.order))]
+
 
 @dataclass
 class Row:
     """A row of the table: samples of one model under one strategy."""
     name: str
     settings: Sample
-
-
-@dataclass
-class Output:
-    """Where the results go: FOLDER/TABLE.json and TABLE.md, written again after each row."""
-    folder: str
-    table: str
-    # a result for each run, as ddm/report.py takes them
-    results: list[dict] = field(default_factory=list)
-    # the names of the files of samples
-    written: list[str] = field(default_factory=list)
-
-    def path(self, ending):
-        return os.path.join(self.folder, f"{self.table}.{ending}")
-
-    def check(self):
-        """UserError or OSError if it cannot be written to: found out before the work."""
-        try:
-            self.folder.encode()
-        except UnicodeEncodeError:
-            # safetensors would fail later
-            raise UserError(f"--out {self.folder!r} is not UTF-8: give another folder") from None
-
-        try_folder(self.folder)
-        try_file(self.path("json"))
-        try_file(self.path("md"))
-        if self.table == "experts":
-            try_file(self.path("png"))
-
-    def save(self, ranks):
-        if ranks.rank != 0:
-            return
-        write_text(self.path("json"), json.dumps({"results": self.results}, indent=1))
-        # names of files need not be text
-        text = as_text(self.results).encode(errors="backslashreplace").decode()
-        write_text(self.path("md"), text)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -348,7 +317,7 @@ def open_measures(args, run, ranks):
 
 
 def name_reference(tars, folder, ranks):
-    """What results call the reference tars, {name: path}: their number and a hash of their bytes."""
+    """What results call the tars {name: path} of --data: their number and a hash of all bytes."""
     sources = read_sources(tars.values(), os.path.join(folder, "sources.json"), ranks)
     hashes = [(name, source.sha256) for name, source in zip(tars, sources, strict=True)]
     mark = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:8]
@@ -386,9 +355,10 @@ def evaluate_run(run, measures, args, *, reference_name, output, ranks):
                                             measures=measures, args=args, ranks=ranks)
             strategy = row.name if model == "ensemble" else ""
             result["rows"].append({"model": model, "strategy": strategy, **measured})
-            if args.npz and ranks.rank == 0:
-                output.written.append(write_npz(output.folder, model, row, images, reference))
-            output.save(ranks)
+            if ranks.rank == 0:
+                if args.npz:
+                    output.save_images(file_name(model, row), images, reference.classes())
+                output.save()
 
         if reference.for_loss:
             found, quality, precision = evaluate_loss(model, team, space, run=run,
@@ -399,16 +369,25 @@ def evaluate_run(run, measures, args, *, reference_name, output, ranks):
                 "seed": args.seed,
                 "reference": reference.about["name"],
                 "precision": precision,
-                "models": summarise(losses),
+                "models": summarise_losses(losses),
             }
             if quality:
                 result["router"] = quality
-            output.save(ranks)
-    output.save(ranks)
+            if ranks.rank == 0:
+                output.save()
+    if ranks.rank == 0:
+        output.save()
+
+
+def file_name(model, row):
+    """What the samples of a row are called."""
+    if model != "ensemble":
+        return model
+    return f"ensemble-{row.name.replace(', temperature ', '-t')}"
 
 
 def prepare_reference(run, measures, args, *, name, folder, ranks):
-    """Reads --data as the models of a run need it, or what an earlier call has kept -> Reference."""
+    """Reads --data as a run's models need it, or what an earlier call has kept -> Reference."""
     settings = run.config.data
     data = open_reference(args.data, settings.size, settings.condition, settings.classes)
     statistics, clusters = read_reference(data, measures.spaces, run.clusters, folder=folder,
@@ -509,17 +488,17 @@ def draw(row, team, space, *, reference, args, ranks):
     for first in range(0, len(mine), args.batch):
         numbers = list(mine[first:first + args.batch])
         seeds = [mix(args.seed, i) for i in numbers]
-        x, u = beginnings(seeds, shape, calls, team.K)                # [B,C,h,w], [B,calls,K]
+        noise, u = beginnings(seeds, shape, calls, team.K)            # [B,C,h,w], [B,calls,K]
 
         conditions = [reference.condition(i) for i in numbers]
         c = encode(conditions, reference.data.condition, space, ranks.device)
         labels = None if oracle is None else oracle[numbers].to(ranks.device)
         velocity = team.velocity(settings, c, u=u.to(ranks.device), labels=labels)
 
-        # each of the steps in its turn; the last is x_0
-        for x in flow.integrate(velocity, x.to(ranks.device), times, settings.solver):
-            pass
-        yield numbers, space.pictures(x).cpu().numpy()
+        # the last of the solver's states is kept
+        for x_t in flow.integrate(velocity, noise.to(ranks.device), times, settings.solver):
+            x_0 = x_t
+        yield numbers, space.pictures(x_0).cpu().numpy()
         bar.update(len(numbers))
     bar.close()
 
@@ -548,13 +527,13 @@ def measure(samples, run, reference, *, measures, keep):
         images = [Image.fromarray(array) for array in arrays]
 
         for space, sum_of_space in zip(measures.spaces, sums, strict=True):
-            prepared = [space.prepare(image) for image in images]
+            prepared = list(map(space.prepare, images))
             sum_of_space.add(numbers, space.features(prepared))
         if run.clusters:
-            prepared = [run.clusters.prepare(image) for image in images]
+            prepared = list(map(run.clusters.prepare, images))
             in_cluster += torch.bincount(run.clusters.assign(prepared), minlength=K)
         if measures.clip:
-            prepared = [measures.clip.prepare(image) for image in images]
+            prepared = list(map(measures.clip.prepare, images))
             captions = [normalise_text(reference.condition(i)) for i in numbers]
             scores += measures.clip.score(prepared, captions).double().sum()
         if keep:
@@ -570,18 +549,6 @@ def measure(samples, run, reference, *, measures, keep):
     return row, collect_images(kept, count) if keep else None
 
 
-def compare(real, fake):
-    """Frechet distance, precision and recall of two {mean, covariance, kept}."""
-    distance = frechet_distance(real["mean"], real["covariance"], fake["mean"], fake["covariance"])
-    precision, recall = precision_recall(real["kept"], fake["kept"])
-    return {
-        "frechet_distance": distance,
-        "precision": precision,
-        "recall": recall,
-        "of_pictures": min(len(real["kept"]), len(fake["kept"])),
-    }
-
-
 def collect_images(kept, count):
     """{number: image} of each rank -> all of them [N,S,S,3] in their order, None but on rank 0."""
     parts = collect(kept)
@@ -594,24 +561,10 @@ def collect_images(kept, count):
     return np.stack([of_all[i] for i in range(count)])
 
 
-def write_npz(folder, model, row, images, reference):
-    """Writes the samples of a row in ADM's format -> the file's name."""
-    name = f"{model}.npz"
-    if model == "ensemble":
-        name = f"ensemble-{row.name.replace(', temperature ', '-t')}.npz"
-
-    arrays = {"arr_0": images}
-    if reference.data.condition == "class":
-        arrays["arr_1"] = np.array([reference.condition(i) for i in range(len(images))])
-    with atomic(os.path.join(folder, name)) as temporary, open(temporary, "wb") as f:
-        np.savez(f, **arrays)
-    return name
-
-
 # ---- the validation loss -------------------------------------------------------------------------
 
 def evaluate_loss(model, team, space, *, run, reference, args, ranks):
-    """-> (loss [n,BINS] by what it is called, the router's quality or None, the precision's name)."""
+    """-> ({name: loss [n,BINS]}, the router's quality or None, the name of the precision)."""
     knows_clusters = run.clusters is not None and not team.missing
     strategies = ["full"]
     if model == "ensemble":
@@ -628,7 +581,11 @@ def evaluate_loss(model, team, space, *, run, reference, args, ranks):
     # samples are drawn in
     weights = "fp32" if args.loss_precision == "tf32" else args.loss_precision
     exact = team.in_precision(weights)
-    with loss_precision(args.loss_precision):
+    # on a GPU fp32 numbers are multiplied in TF32 elsewhere
+    multiplied = contextlib.nullcontext()
+    if args.loss_precision != "tf32":
+        multiplied = encoders.exact_products()
+    with multiplied:
         losses, answers = validate(exact, strategies, space, data=reference.data,
                                    numbers=reference.for_loss, labels=reference.labels,
                                    seed=args.seed, batch=args.batch, ranks=ranks)
@@ -642,11 +599,6 @@ def evaluate_loss(model, team, space, *, run, reference, args, ranks):
         quality = router_quality(answers, reference.labels[reference.for_loss])
     precision = "fp32" if args.loss_precision == "fp32" else exact.precision
     return named, quality, precision
-
-
-def loss_precision(precision):
-    """The context of a validation loss in this precision: without TF32 unless it is asked for."""
-    return contextlib.nullcontext() if precision == "tf32" else encoders.exact_products()
 
 
 @torch.no_grad()
@@ -743,28 +695,6 @@ def noised(data, numbers, space, *, seed, device):
     return flow.interpolate(x_0, eps, t), t, c, eps - x_0
 
 
-def summarise(losses):
-    """{name: loss [n,BINS]} -> {name: mean, by_t, and how it differs from the monolith's}.
-
-    The difference is that of the same images, with its standard error.
-    """
-    summary = {}
-    for name, loss in losses.items():
-        summary[name] = {"mean": loss.mean().item(), "by_t": loss.mean(0).tolist()}
-        if "monolith" not in losses or name == "monolith":
-            continue
-
-        difference = (loss - losses["monolith"]).double()
-        n = len(difference)
-        error = difference.mean(1).std().item() / n ** 0.5 if n > 1 else float("inf")
-        summary[name] |= {
-            "difference": difference.mean().item(),
-            "difference_error": error,
-            "difference_by_t": difference.mean(0).tolist(),
-        }
-    return summary
-
-
 # ---- all of it -----------------------------------------------------------------------------------
 
 def main():
@@ -785,24 +715,9 @@ def main():
     if ranks.rank == 0:
         if args.table == "experts":
             experts_figure(output.results, output.path("png"))
-        say_results(output)
+        output.say()
     # no rank leaves before
     gather(None)
-
-
-def say_results(output):
-    """Prints the tables, and where they are."""
-    print(f"\n{as_text(output.results)}")
-    places = f"in {output.path('json')} and {output.path('md')}"
-    if output.written:
-        places += f"; samples in {', '.join(output.written)}"
-    print(places)
-
-    samples = [name for name in sorted(os.listdir(output.folder)) if name.endswith(".npz")]
-    earlier = [name for name in samples if name not in output.written]
-    if earlier:
-        print(f"{output.folder} holds samples of earlier calls, too, not of this table: "
-              f"{', '.join(earlier)}")
 
 
 if __name__ == "__main__":

@@ -119,6 +119,18 @@ class Statistics:
         }
 
 
+def compare(real, fake):
+    """Frechet distance, precision and recall of two Statistics' {mean, covariance, kept}."""
+    distance = frechet_distance(real["mean"], real["covariance"], fake["mean"], fake["covariance"])
+    precision, recall = precision_recall(real["kept"], fake["kept"])
+    return {
+        "frechet_distance": distance,
+        "precision": precision,
+        "recall": recall,
+        "of_pictures": min(len(real["kept"]), len(fake["kept"])),
+    }
+
+
 def router_quality(p, labels):
     """What a router's answers p [n,BINS,K] are worth, of images of the clusters `labels` [n].
 
@@ -142,3 +154,25 @@ def router_quality(p, labels):
         "calibration_error": (error / len(p)).tolist(),
         "negative_log_likelihood": (-likelihood.clamp(min=1e-12).log()).mean(0).tolist(),
     }
+
+
+def summarise_losses(losses):
+    """{name: loss [n,BINS]} -> {name: mean, by_t, and how it differs from the monolith's}.
+
+    The difference is that of the same images, with its standard error.
+    """
+    summary = {}
+    for name, loss in losses.items():
+        summary[name] = {"mean": loss.mean().item(), "by_t": loss.mean(0).tolist()}
+        if "monolith" not in losses or name == "monolith":
+            continue
+
+        difference = (loss - losses["monolith"]).double()
+        n = len(difference)
+        error = difference.mean(1).std().item() / n ** 0.5 if n > 1 else float("inf")
+        summary[name] |= {
+            "difference": difference.mean().item(),
+            "difference_error": error,
+            "difference_by_t": difference.mean(0).tolist(),
+        }
+    return summary

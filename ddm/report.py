@@ -1,18 +1,85 @@
 """What evaluate.py says of its measurements: the ledger of training compute, tables, a figure.
 
     entries, lines = ledger("runs/demo", experts=4)     what training has cost
-    text = as_text(results)                             the tables of all results
+    output = Output("runs/demo/evaluation", "models")   the files of all results
+    as_text(output.results)                             their tables
 
 A result is what evaluate.py's JSON says of a run: {run, experts, reference, rows, ledger, ...}.
 """
 import csv
+import json
 import os
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from ddm import artifacts
-from ddm.files import atomic
+from ddm.errors import UserError
+from ddm.files import atomic, try_file, try_folder, write_text
 
 # compute is called equal if the ledger's FLOPs differ by no more
 EQUAL = 0.05
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+@dataclass
+class Output:
+    """Where results go: FOLDER/TABLE.json and TABLE.md, written again after each row."""
+    folder: str
+    table: str
+    # a result for each run, as ddm/report.py takes them
+    results: list[dict] = field(default_factory=list)
+    # the names of the files of samples
+    written: list[str] = field(default_factory=list)
+
+    def path(self, ending):
+        return os.path.join(self.folder, f"{self.table}.{ending}")
+
+    def check(self):
+        """UserError or OSError if it cannot be written to: found out before the work."""
+        try:
+            self.folder.encode()
+        except UnicodeEncodeError:
+            # safetensors would fail later
+            raise UserError(f"--out {self.folder!r} is not UTF-8: give another folder") from None
+
+        try_folder(self.folder)
+        try_file(self.path("json"))
+        try_file(self.path("md"))
+        if self.table == "experts":
+            try_file(self.path("png"))
+
+    def save(self):
+        """Writes what there is so far."""
+        write_text(self.path("json"), json.dumps({"results": self.results}, indent=1))
+        # names of files need not be text
+        text = as_text(self.results).encode(errors="backslashreplace").decode()
+        write_text(self.path("md"), text)
+
+    def save_images(self, name, images, classes=None):
+        """Writes NAME.npz in ADM's format: images uint8 [N,S,S,3], and their classes, if any."""
+        arrays = {"arr_0": images}
+        if classes is not None:
+            arrays["arr_1"] = np.array(classes)
+        with atomic(os.path.join(self.folder, f"{name}.npz")) as temporary:
+            with open(temporary, "wb") as f:
+                np.savez(f, **arrays)
+        self.written.append(f"{name}.npz")
+
+    def say(self):
+        """Prints the tables, and where they are."""
+        print(f"\n{as_text(self.results)}")
+        places = f"in {self.path('json')} and {self.path('md')}"
+        if self.written:
+            places += f"; samples in {', '.join(self.written)}"
+        print(places)
+
+        files = [name for name in sorted(os.listdir(self.folder)) if name.endswith(".npz")]
+        earlier = [name for name in files if name not in self.written]
+        if earlier:
+            print(f"{self.folder} holds samples of earlier calls, too, not of this table: "
+                  f"{', '.join(earlier)}")
 
 
 # ---- the ledger ----------------------------------------------------------------------------------
