@@ -19,9 +19,8 @@ import ddm.run
 import ddm.text
 import evaluate
 import flow
-import training
 from data import TarDataset, square, to_float
-from ddm import artifacts, codec, encoders, features, report
+from ddm import artifacts, codec, encoders, features, loading, report
 from ddm.config import make_config
 from ddm.ensemble import Ensemble
 
@@ -62,7 +61,7 @@ def clustered(run, data, config, *flags):
     command("cluster.py", "--data", data / "*.tar", "--run-dir", run, "--config", config, *flags)
     config = ddm.config.load_run(run, {})
     space = codec.Space(config)
-    info = training.describe(config, space, ddm.run.read_clusters(run))
+    info = loading.describe(config, space, ddm.run.read_clusters(run))
     info |= {"step": 1, "images": 1, "flops": 1}
 
     os.mkdir(run / "experts")
