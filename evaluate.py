@@ -209,6 +209,7 @@ def open_run(run_dir, args, given, ranks):
     clustering = read_clusters(run_dir)
     models = find_models(run_dir, config, args.models)
 
+    # without a condition there is nothing to guide by
     if config.data.condition == "none":
         config.sample.cfg = 1.0
     if args.table == "strategies":
@@ -221,7 +222,7 @@ def open_run(run_dir, args, given, ranks):
     if args.clip and config.data.condition != "text":
         raise UserError(f"--clip scores prompts; {run_dir} has condition = {config.data.condition}")
 
-    # where networks are now
+    # where the pretrained networks are now, if not where they were in training
     places = {}
     for name, value in given.items():
         if name.endswith(".name"):
@@ -299,13 +300,16 @@ def check_ensemble(team, run_dir, config):
 
 def open_measures(args, run, ranks):
     """The networks that measure, by default that which the run was clustered by -> Measures."""
-    spaces = []
-    if args.samples:
-        settings = [run.config.features]
-        if args.features:
-            settings = [make_config({"features.name": name}).features for name in args.features]
-        spaces = [distance_space(each, ranks.device) for each in settings]
+    # the validation loss needs none
+    if not args.samples:
+        return Measures(spaces=[], clip=None)
 
+    settings = [run.config.features]
+    if args.features:
+        settings = [make_config({"features.name": name}).features for name in args.features]
+    spaces = [distance_space(each, ranks.device) for each in settings]
+
+    # the table has a column of that name
     names = {space.name for space in spaces}
     if len(names) < len(spaces):
         raise UserError(f"--features {' '.join(args.features)}: two of them are called the same")
@@ -329,10 +333,12 @@ def name_reference(tars, folder, ranks):
 # ---- one run -------------------------------------------------------------------------------------
 
 def evaluate_run(run, measures, args, *, reference_name, output, ranks):
-    """Measures all models of a run; what a long evaluation has is saved after each row."""
+    """Measures all models of a run, and adds the result to `output`."""
     reference = prepare_reference(run, measures, args, name=reference_name, folder=output.folder,
                                   ranks=ranks)
     experts = run.config.cluster.experts
+
+    # written as it stands after each row, so that a call that is stopped leaves what it has
     result = {
         "run": run.dir,
         "experts": experts,
@@ -414,7 +420,7 @@ def prepare_reference(run, measures, args, *, name, folder, ranks):
         counts = torch.bincount(labels_of_squares[usable], minlength=run.config.cluster.experts)
         about["cluster_shares"] = (counts / n).tolist()
 
-    # each image once before any comes again
+    # by a permutation, so that each image comes once before any comes again
     order = []
     for i in range(args.samples):
         place = permute(i % n, n, args.seed, i // n)
@@ -453,6 +459,7 @@ def evaluate_row(row, team, space, *, run, reference, measures, args, ranks):
 
     images: with --npz on rank 0, uint8 [N,S,S,3]; else None.
     """
+    # a team counts its forwards from the start
     flops_before = team.flops()
     samples = draw(row, team, space, reference=reference, args=args, ranks=ranks)
     measured, images = measure(samples, run, reference, measures=measures, keep=args.npz)
@@ -523,6 +530,8 @@ def measure(samples, run, reference, *, measures, keep):
     in_cluster = torch.zeros(K, dtype=torch.int64)
     scores = torch.zeros((), dtype=torch.float64)
     kept = {}
+
+    # this rank's share
     for numbers, arrays in samples:
         images = [Image.fromarray(array) for array in arrays]
 
@@ -539,6 +548,7 @@ def measure(samples, run, reference, *, measures, keep):
         if keep:
             kept.update(zip(numbers, arrays, strict=True))
 
+    # all ranks' shares together
     row = {"samples": count}
     for space, sum_of_space, real in zip(measures.spaces, sums, reference.statistics, strict=True):
         row[space.name] = compare(real, sum_of_space.close())
@@ -565,6 +575,7 @@ def collect_images(kept, count):
 
 def evaluate_loss(model, team, space, *, run, reference, args, ranks):
     """-> ({name: loss [n,BINS]}, the router's quality or None, the name of the precision)."""
+    # whether an image has an expert of its own that is there
     knows_clusters = run.clusters is not None and not team.missing
     strategies = ["full"]
     if model == "ensemble":
@@ -577,8 +588,8 @@ def evaluate_loss(model, team, space, *, run, reference, args, ranks):
             if possible:
                 strategies.append(strategy)
 
-    # differences of a thousandth are read from it: fp32 unless asked otherwise, whatever the
-    # samples are drawn in
+    # differences of a thousandth are read from the loss: fp32 unless asked otherwise, whatever
+    # the samples are drawn in
     weights = "fp32" if args.loss_precision == "tf32" else args.loss_precision
     exact = team.in_precision(weights)
     # on a GPU fp32 numbers are multiplied in TF32 elsewhere
@@ -621,6 +632,7 @@ def validate(team, strategies, space, *, data, numbers, labels, seed, batch, ran
     bar = progress(desc=f"validation loss, {', '.join(strategies)}", total=len(mine),
                    unit=" images")
     for first in range(0, len(mine), size):
+        # places in losses and answers, and the images that stand there
         rows = list(mine[first:first + size])
         of_rows = [numbers[row] for row in rows]
         x_t, t, c, target = noised(data, of_rows, space, seed=seed, device=ranks.device)
@@ -635,6 +647,7 @@ def validate(team, strategies, space, *, data, numbers, labels, seed, batch, ran
         for k in on_device + others:
             v[k] = team.expert_velocity(k, x_t, t, c)
 
+        # the same velocities, mixed in several ways
         for strategy in strategies:
             if strategy == "oracle":
                 own = labels[of_rows].to(ranks.device).repeat_interleave(BINS)
@@ -675,6 +688,7 @@ def noised(data, numbers, space, *, seed, device):
         squares.append(square(image, data.size))
         conditions.append(condition)
 
+        # the order of these draws is part of the numbers: a new one belongs at the end
         rng = np.random.Generator(np.random.Philox(key=[seed, number]))
         times.append((np.arange(BINS) + rng.random(BINS)) / BINS)
         shape = (space.channels, space.size, space.size)
@@ -688,6 +702,7 @@ def noised(data, numbers, space, *, seed, device):
     x_0 = space.x_0(stack(squares), stack(encoder_noise))             # [B,C,h,w]
     x_0 = x_0.to(device).repeat_interleave(BINS, dim=0)               # [B*BINS,C,h,w]
     eps = stack(noise).flatten(0, 1)
+    # what predicts eps divides by 1 - t, what predicts x_0 by t
     t = stack(times).flatten().float().clamp(1e-6, 1 - 1e-6)
     c = encode(conditions, data.condition, space, device)
     if c is not None:

@@ -35,6 +35,7 @@ def precision_recall(real, fake, k=3):
     if n < 2:
         return float("nan"), float("nan")
 
+    # distances of near points are small differences of large numbers
     real = real[:n].double()
     fake = fake[:n].double()
     precision = _share_among(fake, real, _radii(real, k))
@@ -103,6 +104,7 @@ class Statistics:
 
         count = sums[0, 0]
         mean = sums[0, 1:] / count
+        # in float64, as the sums: the two terms are nearly equal where the mean is large
         scatter = sums[1:, 1:] - count * torch.outer(mean, mean)
 
         kept = {}
@@ -140,6 +142,7 @@ def router_quality(p, labels):
     confidence, answer = p.max(2)
     right = (answer == labels[:, None]).float()
 
+    # within a bin errors of opposite sign cancel: there it is right as often as it says
     bins = (confidence * 10).long().clamp(max=9)
     error = 0
     for b in range(10):
@@ -167,6 +170,7 @@ def summarise_losses(losses):
         if "monolith" not in losses or name == "monolith":
             continue
 
+        # how hard an image is cancels, so this is far less noisy than the two means
         difference = (loss - losses["monolith"]).double()
         n = len(difference)
         error = difference.mean(1).std().item() / n ** 0.5 if n > 1 else float("inf")

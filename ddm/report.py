@@ -100,6 +100,7 @@ def ledger(run_dir, experts):
     _enter(entries, "monolith", run_dir, "experts/all.safetensors", log="expert-all")
     _enter(entries, "student", run_dir, "student.safetensors", log="student")
 
+    # what an ensemble consists of
     parts = list(expert_names)
     # a single expert needs no router
     if experts > 1 or "router" in entries:
@@ -175,6 +176,7 @@ def _compare(name, ratio, parts):
 
 def device_hours(log):
     """What the last row of a training's log says. None without a log, or where it is damaged."""
+    # a log that cannot be read costs its hours alone, not the evaluation
     try:
         with open(log, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
@@ -210,6 +212,7 @@ def markdown(rows):
     The columns stand in the order in which rows name them first; one that is empty in all rows is
     left out.
     """
+    # column -> whether any row has something there
     filled = {}
     for row in rows:
         for column, cell in row.items():
@@ -221,6 +224,7 @@ def markdown(rows):
         table.append([str(row.get(column, "")) for column in columns])
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
 
+    # the header is the first line, the rule below it the second
     lines = []
     for cells in table:
         padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
@@ -245,6 +249,7 @@ def rows_table(results):
     for result in results:
         rows += result["rows"]
 
+    # the column of runs is left out where there is one
     several = len(results) > 1
     cells = []
     for result in results:
@@ -401,7 +406,7 @@ def _plot_distances(axis, results):
             numbers.append(_number_of_experts(result, row["model"]))
             distances.append(row[space]["frechet_distance"])
 
-    # there are no rows without samples
+    # with --samples 0 there are no rows
     if distances:
         axis.plot(numbers, distances, "o")
         axis.set(ylabel=space)
