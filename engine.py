@@ -193,7 +193,7 @@ class State:
         train, ranks = self.train, self.ranks
         with torch.device("meta"):
             self.model = artifacts.build(model_config)
-        self.image_flops = 3 * self.model.flops()       # forward, and twice that backward
+        self.image_flops = 3 * plan.flops(self.model.config)       # forward, and twice that backward
         self.compiled = train.compile == "yes" or train.compile == "auto" and ranks.device.type == "cuda"
         prepare_blocks(self.model, train.activation_checkpointing, self.compiled)
         if self.compiled and ranks.rank == 0:
