@@ -154,6 +154,7 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, cross):
         super().__init__()
+        # the norms have no weights of their own: adaLN shifts and scales what they give
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(dim, heads)
         self.cross = Attention(dim, heads) if cross else None
@@ -167,6 +168,7 @@ class Block(nn.Module):
 
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         if self.cross is not None:
+            # neither norm nor gate, as in PixArt-alpha: its projection begins as zeros
             x = x + self.cross(x, y, mask)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -246,6 +248,7 @@ class Trunk(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.bias)
 
+        # these were Xavier's in the loop above, as all linear layers were
         nn.init.normal_(self.time_mlp[0].weight, std=0.02)
         nn.init.normal_(self.time_mlp[2].weight, std=0.02)
         if hasattr(self, "word_positions"):
@@ -259,6 +262,7 @@ class Trunk(nn.Module):
 
     def embed_time(self, t):
         """t [B] in [0,1] -> [B,D]: sines and cosines of 1000 t, then an MLP."""
+        # wavelengths from 2 pi to nearly 10000 * 2 pi of 1000 t, in float32 whatever t is
         exponent = torch.arange(128, device=t.device, dtype=torch.float32) / 128
         freq = torch.exp(-math.log(10000) * exponent)                       # [128]
         angle = 1000 * t.float()[:, None] * freq                            # [B,128]
@@ -324,6 +328,8 @@ class DiT(Trunk):
 
         x = self.trunk(x_t, t, c)                                           # [B,N,D]
         x = self.head(x)                                                    # [B,N,p*p*C]
+
+        # each token is a patch: put it back in its place
         x = x.view(-1, n, n, p, p, C)                                       # [B,n,n,p,p,C]
         x = x.permute(0, 5, 1, 3, 2, 4)                                     # [B,C,n,p,n,p]
         return x.reshape(-1, C, n * p, n * p)                               # [B,C,S,S]

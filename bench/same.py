@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from ddm import artifacts
 from model import PRESETS, ModelConfig
+
+ROOT = sys.path[0]
 
 #         name              flags                     ranks
 WAYS = (("all resident",    [],                         1),

@@ -82,10 +82,12 @@ class DoubleBlock(nn.Module):
 
     def forward(self, y, x, mod, angle, mask):
         """y [B,M,D], x [B,N,D]; mod [B,6,D]; angle [M+N,d/2]; mask [B,1,1,M+N] -> y, x."""
+        # shift1, scale1, gate1, shift2, scale2, gate2 of each stream
         table_y, table_x = self.table
         mod_y = (mod + table_y).unbind(1)                                   # 6 of [B,D]
         mod_x = (mod + table_x).unbind(1)                                   # 6 of [B,D]
 
+        # one attention over both, the text first
         q_y, k_y, v_y = self.text.before(y, *mod_y[:2])                     # [B,H,M,d] each
         q_x, k_x, v_x = self.image.before(x, *mod_x[:2])                    # [B,H,N,d] each
         q = rotate(torch.cat([q_y, q_x], dim=2), angle)                     # [B,H,M+N,d]
@@ -121,8 +123,9 @@ class SingleBlock(nn.Module):
         D = z.shape[2]
         shift, scale, gate = (mod[:, :3] + self.table).unbind(1)            # [B,D] each
 
+        # all that the block computes from z in one product, and all that it adds to z in another
         both = self.linear1(modulate(self.norm(z), shift, scale))           # [B,M+N,7*D]
-        qkv, hidden = both.split([3 * D, 4 * D], dim=2)                     # .. 3*D], .. 4*D]
+        qkv, hidden = both.split([3 * D, 4 * D], dim=2)                     # [..,3*D], [..,4*D]
         qkv = qkv.unflatten(2, (3, self.heads, -1))                         # [B,M+N,3,H,d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # [B,H,M+N,d] each
         q = rotate(rms_norm(q, self.q_norm), angle)                         # [B,H,M+N,d]
@@ -136,6 +139,8 @@ class SingleBlock(nn.Module):
 
 class MMDiT(DiT):
     """The denoiser of two streams, text and image."""
+
+    # these four in the place of Trunk's
 
     def make_blocks(self):
         c = self.config
@@ -174,6 +179,8 @@ class MMDiT(DiT):
 
         for block in self.blocks[:self.config.double]:
             y, x = block(y, x, mod, angle, mask)                            # [B,M,D], [B,N,D]
+
+        # from here on one sequence; the text is dropped at the end
         z = torch.cat([y, x], dim=1)                                        # [B,M+N,D]
         for block in self.blocks[self.config.double:]:
             z = block(z, mod, angle, mask)                                  # [B,M+N,D]

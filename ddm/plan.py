@@ -117,6 +117,18 @@ class Frozen(NamedTuple):
     unknown: str    # words for the networks that are left out
 
 
+def frozen_sizes(config, names):
+    """-> (weights of each of these networks of a run's config, words for those left out)."""
+    sizes = [FROZEN.get(name) for name in names]
+    if None not in sizes:
+        return sizes, ""
+    try:
+        return encoders.frozen_parameters(config), ""
+    except UserError as error:
+        known = [size or 0 for size in sizes]
+        return known, f"; without some frozen networks, of which nothing is known ({error})"
+
+
 def frozen(config, bf16):
     """The Frozen networks of a run's config.
 
@@ -130,16 +142,9 @@ def frozen(config, bf16):
         names.append(config.autoencoder.name)
     if text:
         names += [name.strip() for name in config.text.name.split(" + ")]
+    sizes, unknown = frozen_sizes(config, names)
 
-    sizes = [FROZEN.get(name) for name in names]
-    unknown = ""
-    if None in sizes:
-        try:
-            sizes = encoders.frozen_parameters(config)
-        except UserError as error:
-            sizes = [size or 0 for size in sizes]
-            unknown = f"; without some frozen networks, of which nothing is known ({error})"
-
+    # bytes of a weight
     each = 2 if bf16 and config.text.precision != "fp32" else 4
     weights = each * sum(sizes)
     work = 0
