@@ -25,9 +25,9 @@ import engine
 import flow
 import model
 import training
+from ddm import plan
 from ddm.config import make_config
 from ddm.process import start
-from ddm import plan
 
 
 def ours(preset, batch, device, precision, compile, checkpointing):
