@@ -5,7 +5,7 @@
     python bench/train_step.py --peer scratch/DiT --presets DiT-XL/2 --batch 32 --precision bf16 --steps 20
     python bench/train_step.py --presets DiT-B/2 DiT-XL/2 MMDiT-3B/2 --batch 32 --precision bf16 --steps 20      # ours alone: images/s, MFU, memory
 
-Ours is engine.State's step and flow.py's loss; theirs is the step of their train.py (its model, diffusion, AdamW and update_ema), without DDP and
+Ours is ddm/engine.py's step and flow.py's loss; theirs is the step of their train.py (its model, diffusion, AdamW and update_ema), without DDP and
 the autoencoder. Inputs are random latents of 32 x 32 x 4. The sides take turns in one process; a ratio is the median over turns, with its range.
 --precision fp32 multiplies in TF32 on a GPU, as both projects do; bf16 is autocast, which theirs as published lacks: both of theirs are measured.
 """
@@ -16,42 +16,56 @@ import statistics
 import sys
 import time
 import types
-from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import engine
 import flow
 import model
-import training
 from ddm import plan
 from ddm.config import make_config
-from ddm.process import start
+from ddm.engine import Engine
+from ddm.log import Meter
+from ddm.process import Ranks, start
 
 
 def ours(preset, batch, device, precision, compile, checkpointing):
     """-> (step(), parameters, FLOPs of an image)."""
     mmdit = preset.startswith("MMDiT")
-    config = make_config({"data.condition": "text" if mmdit else "class", "train.precision": precision, "train.compile": "yes" if compile else "no",
-                          "train.activation_checkpointing": checkpointing})
-    condition = dict(condition="text", text_dim=2048, length=128) if mmdit else dict(condition="class", classes=1000)
+    config = make_config({
+        "data.condition": "text" if mmdit else "class",
+        "train.precision": precision,
+        "train.compile": "yes" if compile else "no",
+        "train.activation_checkpointing": checkpointing,
+    })
+    condition = dict(condition="class", classes=1000)
+    c = torch.randint(0, 1000, (batch,), device=device)
+    if mmdit:
+        condition = dict(condition="text", text_dim=2048, length=128)
+        c = torch.randn(batch, 128, 2048, device=device).half()
     shape = model.ModelConfig(32, 4, **condition, **model.PRESETS[preset])
-    space = SimpleNamespace(info={})
-    state = engine.State("no run", "bench", shape, training.stage_config(config), SimpleNamespace(rank=0, world=1, device=device), config, space, batch)
-    c = torch.randn(batch, 128, 2048, device=device).half() if mmdit else torch.randint(0, 1000, (batch,), device=device)
-    loss_of = torch.zeros((), device=device)
+
+    train = config.train
+    engine = Engine("bench", shape, train, Ranks(0, 1, device), batch=batch)
+    optimizer = torch.optim.AdamW(engine.model.parameters(), train.lr,
+                                  weight_decay=train.weight_decay, fused=True)
+    meter = Meter(device)
 
     def step():
         x_0, eps = torch.randn(2, batch, 4, 32, 32, device=device)
         t = torch.rand(batch, device=device)
         dropped = model.drop_condition(shape, c, torch.rand(batch, device=device) < 0.1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=state.bf16):
-            loss = flow.expert_loss(state.wrapped, x_0, dropped, t, eps, "velocity", "linear")
+        loss = flow.expert_loss(engine, x_0, dropped, t, eps, "velocity", "linear")
         loss.mean().backward()
-        loss_of.add_(loss.detach().mean())      # read when a row of the log is due, not at each step
-        state.update()
-    return step, sum(p.numel() for p in state.model.parameters()), state.image_flops
+        # read when a row of the log is due, not at each step
+        meter.add("loss", loss)
+        norm = engine.clip_gradients(train.grad_clip)
+        engine.optimizer_step(norm, optimizer)
+        engine.update_ema(train.ema_decay)
+        meter.commit(norm)
+
+    parameters = sum(p.numel() for p in engine.model.parameters())
+    return step, parameters, engine.image_flops
 
 
 def theirs(folder, preset, batch, device, autocast, compile):

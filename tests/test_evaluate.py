@@ -20,7 +20,7 @@ import ddm.text
 import evaluate
 import flow
 from data import TarDataset, square, to_float
-from ddm import artifacts, codec, encoders, features, loading, report
+from ddm import artifacts, codec, encoders, features, loading, plan, report
 from ddm.config import make_config
 from ddm.ensemble import Ensemble
 
@@ -184,8 +184,8 @@ def test_table_strategies_is_the_paper_s_with_its_costs(trained, tars, tmp_path)
         "nucleus-0.9, temperature 1.0", "nucleus-0.9, temperature 2.0", "once"}
 
     # of four steps
-    E = artifacts.load(run / "experts" / "0.safetensors")[0].flops() * 4 / 1e9
-    R = artifacts.load(run / "router.safetensors")[0].flops() * 4 / 1e9
+    E = plan.flops(artifacts.load(run / "experts" / "0.safetensors")[0].config) * 4 / 1e9
+    R = plan.flops(artifacts.load(run / "router.safetensors")[0].config) * 4 / 1e9
     costs = {
         "monolith": 2 * E,
         "oracle": 2 * E,
