@@ -1,5 +1,4 @@
 """The frozen networks, tiny and with random weights but of the real classes: what each role computes, and the pipeline on what they make."""
-import contextlib
 import csv
 import glob
 import hashlib
@@ -24,9 +23,8 @@ from test_mistakes import refused
 import data
 import flow
 import model as models
-
-from data import draw_shape
-from ddm import artifacts, codec, encoders, ensemble, errors
+from tools.shapes import draw_shape
+from ddm import artifacts, codec, encoders, ensemble, errors, loading
 import ddm.config
 import ddm.process
 import ddm.run
@@ -159,7 +157,7 @@ def test_latents_are_standardised_by_the_autoencoder_s_own_config(networks, tmp_
                                   (per_channel, [1.0, 0.5, 0.25, 0.125], [1.0, 2.0, 3.0, 4.0])):
         network = vae(**options)
         network.save_pretrained(tmp_path / "vae")
-        found = encoders.autoencoder(str(tmp_path / "vae"), CPU)
+        found = encoders.Autoencoder(str(tmp_path / "vae"), CPU)
         mean, std = found.encode(x)
         scale, shift = (torch.tensor(v).view(-1, 1, 1) for v in (scale, shift))
         with torch.no_grad():
@@ -176,12 +174,12 @@ def test_a_config_that_leaves_the_scale_out_means_the_class_s_default(networks, 
     for key in ("scaling_factor", "shift_factor"):
         del about[key]
     (tmp_path / "vae" / "config.json").write_text(json.dumps(about))
-    info = encoders.autoencoder(str(tmp_path / "vae"), CPU).info
+    info = encoders.Autoencoder(str(tmp_path / "vae"), CPU).info
     assert (info["scale"], info["shift"]) == (0.18215, 0.0)
 
 
 def test_the_tiny_autoencoder_has_no_posterior(networks):
-    found, network = encoders.autoencoder(str(networks / "tiny-vae"), CPU), diffusers.AutoencoderTiny.from_pretrained(networks / "tiny-vae").eval()
+    found, network = encoders.Autoencoder(str(networks / "tiny-vae"), CPU), diffusers.AutoencoderTiny.from_pretrained(networks / "tiny-vae").eval()
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     mean, std = found.encode(x)
     assert std is None and found.info["factor"] == 2 and mean.shape == (2, 4, 4, 4)
@@ -193,10 +191,10 @@ def test_the_tiny_autoencoder_has_no_posterior(networks):
 @pytest.mark.parametrize("name", ["vae", "tiny-vae"])
 def test_decoding_is_bounded_in_batch_and_in_size(networks, monkeypatch, name):
     monkeypatch.setattr(encoders, "AT_ONCE", 3 * 64)
-    whole = encoders.autoencoder(str(networks / name), CPU)
+    whole = encoders.Autoencoder(str(networks / name), CPU)
     sizes = []
     monkeypatch.setattr(encoders, "TILE", 16)
-    tiled = encoders.autoencoder(str(networks / name), CPU)
+    tiled = encoders.Autoencoder(str(networks / name), CPU)
     kind = getattr(diffusers.models.autoencoders, {"vae": "autoencoder_kl", "tiny-vae": "autoencoder_tiny"}[name])
     decoder = kind.Decoder if name == "vae" else kind.DecoderTiny
     forward = decoder.forward
@@ -226,7 +224,7 @@ CAPTIONS = ["a red cross", "blue", "", "  ", "a yellow triangle"]
 
 
 def encoder(networks, *names, length=20, layer="last"):
-    return encoders.text_encoder(settings(text__name=" + ".join(str(networks / n) for n in names), text__length=length, text__layer=layer).text, CPU)
+    return encoders.TextEncoder(settings(text__name=" + ".join(str(networks / n) for n in names), text__length=length, text__layer=layer).text, CPU)
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-2", "clip-image", "t5", "bert", "bart"])
@@ -292,9 +290,9 @@ def test_the_empty_prompt_is_the_unconditional_branch(networks, latent_run):
 # ---- identity -----------------------------------------------------------------------------------------------------
 
 def test_a_network_is_its_weights_and_not_its_name_or_file(networks, tmp_path):
-    clip = encoders.text_encoder(settings(text__name=str(networks / "clip"), text__length=20).text, CPU).info
+    clip = encoders.TextEncoder(settings(text__name=str(networks / "clip"), text__length=20).text, CPU).info
     shutil.copytree(networks / "clip", tmp_path / "elsewhere")
-    moved = encoders.text_encoder(settings(text__name=str(tmp_path / "elsewhere"), text__length=20).text, CPU).info
+    moved = encoders.TextEncoder(settings(text__name=str(tmp_path / "elsewhere"), text__length=20).text, CPU).info
     assert moved["name"] != clip["name"] and encoders.identity(moved) == encoders.identity(clip)
     network = transformers.CLIPTextModel.from_pretrained(networks / "clip")
     mark = encoders.digest(network)
@@ -339,7 +337,7 @@ def test_cached_latents_and_captions_are_what_the_networks_make_of_each_sample(l
     assert about["shapes"] == [[2, 2, 4, 4, 4]] and list(about["tars"]) == [f"0000{i}.tar" for i in range(3)]
     assert {n for n in cached if not n.endswith((".lat", ".tok"))} == {n for n in source if not n.endswith(".png")}
     assert all(cached[n] == source[n] for n in cached if n in source)
-    latent, text = encoders.autoencoder(str(networks / "vae"), CPU), encoder(networks, "clip", "clip-2", layer="penultimate")
+    latent, text = encoders.Autoencoder(str(networks / "vae"), CPU), encoder(networks, "clip", "clip-2", layer="penultimate")
     for key in sorted(n[:-4] for n in source if n.endswith(".png"))[::60]:
         image = data.decode(source[f"{key}.png"])
         x = data.to_float(torch.from_numpy(np.stack([data.square(image, 8), data.square(image, 8, mirror=True)])))
@@ -352,25 +350,37 @@ def test_cached_latents_and_captions_are_what_the_networks_make_of_each_sample(l
         assert not c[len(tokens):].any() and len(tokens) == len(clip_tokenizer()(source[f"{key}.txt"].decode())["input_ids"])
 
 
-def batches(run, shard, cached):
-    """What the first steps of a training on `shard` see."""
-    config = ddm.config.make_config(ddm.config.read_toml(run / "config.toml"), {"data.use_latents": cached})
-    ranks = SimpleNamespace(rank=0, world=1, device=CPU)
-    samples, space = training.open_shards(run, [shard], config, config.train, ranks, ddm.run.read_clusters(run), labelled=shard == "router")
-    loader = iter([data.collate([samples[p] for p in range(first, first + 16)]) for first in range(0, 48, 16)])
-    state = SimpleNamespace(sums=torch.zeros(5), warned=0, ranks=ranks, synchronise_gradients=lambda now: None)
-    stopping = SimpleNamespace(wait=contextlib.nullcontext)
-    return list(training._Step(state, loader, space, stopping, micro_batches=3, share=1, autocast=None).batches())
+def first_batches(run, shard, cached):
+    """(batch, x_0, c) of the first three batches of 16 that a training on `shard` sees."""
+    toml = ddm.config.read_toml(run / "config.toml")
+    config = ddm.config.make_config(toml, {"data.use_latents": cached})
+    ranks = ddm.process.Ranks(rank=0, world=1, device=CPU)
+    clusters = ddm.run.read_clusters(run)
+    samples, space = loading.open_shards(run, [shard], config, config.train, ranks, clusters,
+                                         labelled=shard == "router")
+    found = []
+    for first in (0, 16, 32):
+        batch = data.collate([samples[p] for p in range(first, first + 16)])
+        batch = SimpleNamespace(**batch)
+        x_0, c = loading.encode(space, batch)
+        found.append((batch, x_0, c))
+    return found
 
 
 @pytest.mark.parametrize("shard", ["0", "router"])
 def test_training_on_the_cache_sees_what_it_sees_on_the_fly(latent_run, shard):
-    """The same samples in the same order, mirrored alike, drawn from the posterior by the same noise, with the same captions."""
-    for a, b in zip(batches(latent_run, shard, True), batches(latent_run, shard, False), strict=True):
-        torch.testing.assert_close(a.x_0, b.x_0, rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(a.c, b.c, rtol=1e-2, atol=1e-2)
-        assert torch.equal(a.eps, b.eps) and torch.equal(a.u, b.u) and torch.equal(a.drop, b.drop) and torch.equal(a.k, b.k)
-        assert a.x_0.shape == (16, 4, 4, 4) and a.c.shape == (16, 20, 24) and a.x_0.std() > 0.1 and a.c.float().std() > 0.1
+    """The same samples in the same order, mirrored alike, sampled from the posterior by the same
+    noise, with the same captions.
+    """
+    cached = first_batches(latent_run, shard, True)
+    on_the_fly = first_batches(latent_run, shard, False)
+    for (a, a_0, a_c), (b, b_0, b_c) in zip(cached, on_the_fly, strict=True):
+        torch.testing.assert_close(a_0, b_0, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(a_c, b_c, rtol=1e-2, atol=1e-2)
+        for name in ("eps", "u", "drop", "k"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert a_0.shape == (16, 4, 4, 4) and a_0.std() > 0.1
+        assert a_c.shape == (16, 20, 24) and a_c.float().std() > 0.1
 
 
 def test_training_needs_the_cache_or_the_shards_not_both(latent_run, tmp_path):
@@ -494,7 +504,7 @@ def test_samples_are_decoded_pictures_also_where_the_networks_have_moved(latent_
     c = encoder(networks, "clip", "clip-2", layer="penultimate").encode(["a red circle"])
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     *_, x = flow.integrate(team.velocity(ddm.config.make_config().sample, c), x, flow.time_grid(3))
-    wanted = data.to_uint8(encoders.autoencoder(str(networks / "vae"), CPU).decode(x))[0].numpy().astype(int)
+    wanted = data.to_uint8(encoders.Autoencoder(str(networks / "vae"), CPU).decode(x))[0].numpy().astype(int)
     assert np.abs(pictures[1] - wanted).max() <= 1
     shutil.copytree(networks, tmp_path / "moved")
     for path in glob.glob(str(run / "experts" / "*")) + [run / "router.safetensors"]:       # as if the folder of the training machine were not here
