@@ -70,11 +70,13 @@ def main():
         # found out now, if it is another one
         space.network("autoencoder")
 
+        # it must continue as it began
         about = describe(space, clusters, args.captions)
         existing = read_existing(target, about, args.captions)
         samples = count_samples(source, tars, ranks)
 
         def prepare():
+            # all that can go wrong goes wrong before the work
             need = estimate(source, samples, space, about)
             announce(target, need, about)
             tidy(target, tars, existing)
@@ -84,7 +86,7 @@ def main():
 
         on_rank_0(prepare)
         made, bad = cache_tars(source, target, samples, space, about, ranks)
-        announce_end(target, made, bad, ranks)
+        announce_end(target, made=made, bad=bad, ranks=ranks)
 
 
 # ---- what is asked for, and what is there --------------------------------------------------------
@@ -96,9 +98,11 @@ def check_arguments(args, config, source):
         existing = sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(pattern))
         raise UserError(f"no tars in {source}: there are the shards "
                         f"{', '.join(existing) or 'none'}")
+
     if config.autoencoder.name == NONE["autoencoder"]:
         raise UserError(f"nothing to cache: {args.run_dir} is in pixel space (autoencoder.name is "
                         f"empty)")
+
     if config.data.crop != "center":
         raise UserError(f"data.crop = {config.data.crop!r} is chosen anew each time and cannot be "
                         f"cached: train on the fly")
@@ -112,8 +116,12 @@ def check_arguments(args, config, source):
 def describe(space, clusters, captions):
     """What about.json says (codec.ABOUT), but for the tars."""
     config = space.config
+
+    # the image and its mirror image; mean and standard deviation, or the latents alone
     flips = 1 + config.data.flip
     moments = 1 + space.posterior
+
+    # without a name: nothing of the captions is cached
     text = {"name": ""}
     if captions:
         precision = resolve(config.text.precision, space.device)
@@ -140,6 +148,7 @@ def read_existing(target, about, captions):
     existing = read_about(target)
     if existing is None:
         return {}
+
     had_captions = bool(existing["text"]["name"])
     if had_captions != captions:
         raise UserError(f"{target} was made with{'' if had_captions else 'out'} --captions: call "
@@ -148,6 +157,7 @@ def read_existing(target, about, captions):
     for key in about:
         was = existing[key]
         now = about[key]
+
         if key in ROLES:
             same = _made_alike(was) == _made_alike(now)
             was = f"{label(was)} in {was.get('precision')}"
@@ -156,6 +166,7 @@ def read_existing(target, about, captions):
             same = was == now
             was = repr(was)
             now = repr(now)
+
         if not same:
             raise UserError(f"{target} was made with {key} {was}, now it would be {now}: delete "
                             f"{target} to make it anew")
@@ -203,9 +214,11 @@ def in_tar(size):
 
 def estimate(source, samples, space, about):
     """-> Need: latents exactly, captions and other members by the first samples of a tar."""
+    # the largest, for a tar may be empty
     largest = max(samples, key=samples.get)
     found = usable(os.path.join(source, largest), lambda image: None, 1,
                    settings=space.config.data, bad=[])
+
     captions = []
     others = 0
     for _, members, caption, _ in itertools.islice(found, BATCH):
@@ -218,6 +231,7 @@ def estimate(source, samples, space, about):
     if about["text"]["name"] and captions:
         tokens = space.captions(captions).any(2).sum(1)
         features = sum(in_tar(2 * n * space.text_dim) for n in tokens.tolist())
+
     n = max(1, len(captions))
     return Need(
         samples=sum(samples.values()),
@@ -242,6 +256,7 @@ def tidy(target, tars, existing):
     for name in tar_sizes(target):
         if name not in tars or existing.get(name) != tars[name]:
             os.remove(os.path.join(target, name))
+
     for torn in glob.glob(os.path.join(glob.escape(target), "*.tmp")):
         os.remove(torn)
 
@@ -262,6 +277,7 @@ def cache_tars(source, target, samples, space, about, ranks):
 
     samples: {tar: number of its samples}; bad: the unusable ones, as data.usable lists them.
     """
+    # a tar is written whole or not at all
     mine = []
     for name in list(samples)[ranks.rank::ranks.world]:
         if not os.path.exists(os.path.join(target, name)):
@@ -271,6 +287,7 @@ def cache_tars(source, target, samples, space, about, ranks):
     bad = []
     bar = progress(desc=f"latents/{os.path.basename(target)}, {len(mine)} tars",
                    total=sum(samples[name] for name in mine), unit=" images")
+
     for name in mine:
         made += cache_tar(os.path.join(source, name), os.path.join(target, name), space, about,
                           bad=bad, bar=bar)
@@ -290,6 +307,7 @@ def cache_tar(source, target, space, about, bad, bar):
 
     samples = usable(source, crops, size, settings=space.config.data, bad=bad)
     count = 0
+
     with TarWriter(target) as tar:
         while True:
             part = list(itertools.islice(samples, BATCH))
@@ -302,19 +320,21 @@ def cache_tar(source, target, space, about, bad, bar):
 
 def write_samples(tar, samples, space, about):
     """Encodes some samples together, as data.usable yields them, and writes them to a tar."""
-    images = np.concatenate([images for *_, images in samples])
+    images = np.concatenate([images for *_, images in samples])    # [n*flips,S,S,3]
     latents = encode_images(images, space, about["shapes"][0])
     tokens = None
     if about["text"]["name"]:
         tokens = space.captions([caption for _, _, caption, _ in samples]).cpu()
 
     for i, (sample, members, *_) in enumerate(samples):
+        # in the image's place
         del members["image"]
         members["lat"] = latents[i].tobytes()
         if tokens is not None:
             # without the padding
             is_token = tokens[i].any(1)
             members["tok"] = tokens[i][is_token].numpy().tobytes()
+
         for extension, payload in members.items():
             tar.add(f"{sample.key}.{extension}", payload)
 
@@ -323,6 +343,8 @@ def encode_images(images, space, shape):
     """uint8 images [n*flips,S,S,3] -> latents [n,*shape] f16, shape: flips, mean|std, C, h, w."""
     x = torch.from_numpy(images).to(space.device)
     mean, std = space.network("autoencoder").encode(to_float(x))
+
+    # AutoencoderTiny has no deviation
     moments = [mean] if std is None else [mean, std]
     latents = torch.stack(moments, dim=1)                           # [n*flips,mean|std,C,h,w]
     return latents.view(-1, *shape).half().cpu().numpy()
@@ -333,6 +355,7 @@ def announce_end(target, made, bad, ranks):
     causes = collections.Counter(error.cause for _, error in bad)
     total = 0
     left_out = collections.Counter()
+
     for count, theirs in gather((made, causes)):
         total += count
         left_out += theirs

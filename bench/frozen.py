@@ -18,10 +18,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from estimate import published  # noqa: E402
+
 from data import square, to_float  # noqa: E402
 from ddm import encoders  # noqa: E402
 from ddm.config import make_config  # noqa: E402
-from estimate import published  # noqa: E402
 from tools.shapes import draw_shape  # noqa: E402
 
 DINOV2 = "facebook/dinov2-large"

@@ -133,11 +133,14 @@ class Space:
             # at the commit that was used before
             settings = settings.model_copy(update={"name": pinned(wanted)})
 
+        # for name_weights, before there is a device, a CPU will do
         device = self.device or torch.device("cpu")
         if role == "autoencoder":
             network = Autoencoder(settings.name, device, settings.precision)
         else:
             network = TextEncoder(settings, device)
+
+        # as the user calls it, without the commit
         network.info["name"] = name
         self._check(role, network.info)
         self._networks[role] = network
@@ -149,6 +152,7 @@ class Space:
             network = self.network(role)
             if network is None:
                 continue
+
             # without a precision: each stage has its own
             info = dict(network.info)
             del info["precision"]
@@ -172,8 +176,10 @@ class Space:
         autoencoder = self.network("autoencoder")
         if autoencoder is None:
             return to_float(x)
+
         mean, std = autoencoder.encode(to_float(x))
         if std is None:
+            # of AutoencoderTiny, the latents themselves
             return mean
         return mean + std * post
 
@@ -225,12 +231,15 @@ def read_cache(run_dir, shards, config, clusters):
         about = read_about(folder)
         if about is None:
             return None
+
         _check_tars(run_dir, shard, about, clusters)
         _check_settings(folder, about, config, clusters)
         abouts[folder] = about
 
+    # token features are read from the cache for all samples, or for none
     with_captions = [folder for folder, about in abouts.items() if about["text"]["name"]]
     without = [folder for folder in abouts if folder not in with_captions]
+
     if with_captions and without:
         raise UserError(f"{without[0]} was made without --captions, others with: delete it and "
                         f"make it anew with cache_latents.py --captions, or train with "
@@ -264,6 +273,7 @@ def _check_tars(run_dir, shard, about, clusters):
     folder = os.path.join(run_dir, "latents", shard)
     source = os.path.join(run_dir, "shards", shard)
     made = about["tars"]
+
     # a node may have the latents alone
     wanted = made
     if tar_sizes(source):
@@ -275,6 +285,7 @@ def _check_tars(run_dir, shard, about, clusters):
         raise UserError(f"{folder} lacks {len(missing)} of {len(wanted)} tars, {missing[0]} the "
                         f"first: let cache_latents.py --run-dir {run_dir} --shard {shard} finish, "
                         f"or train with --data.use_latents false")
+
     for name in existing:
         if name not in wanted or made.get(name) != wanted[name]:
             raise UserError(f"{folder}/{name} was not made of {source}/{name} as it is now: "
@@ -286,6 +297,7 @@ def _check_settings(folder, about, config, clusters):
     data = config.data
     # what was mirrored serves a training that does not mirror
     flip = about["flip"] or data.flip
+
     for what, made, now in (
         ("the clustering (fingerprint)", about["fingerprint"], clusters["fingerprint"]),
         ("data.size", about["size"], data.size),

@@ -54,6 +54,8 @@ def locate(key, name):
     """
     whole = os.path.expanduser(name)
     base, _, revision = whole.partition("@")
+
+    # the name of a folder may have an @ in it
     for folder in (whole, base):
         if os.path.isdir(folder):
             path = os.path.join(folder, "config.json")
@@ -61,12 +63,15 @@ def locate(key, name):
                 raise UserError(f"{key} = {name!r} is a folder without config.json: give the one "
                                 f"that save_pretrained wrote")
             return Place(folder, None, _read_about(key, name, path))
+
+    # a path, which the hub would only refuse
     if name.startswith(("/", "./", "../", "~")):
         raise UserError(f"{key} = {name!r}: there is no such folder; give one that save_pretrained "
                         f"wrote, or a hub's name: --{key} NAME")
 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
+
     # its retries; what failed is said once, below
     logging.set_verbosity_error()
     try:
@@ -105,6 +110,7 @@ def load(key, kind, place):
     would be left random.
     """
     import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -125,6 +131,8 @@ def load(key, kind, place):
 def load_tokenizer(key, place):
     """The tokenizer beside a network. UserError if there is none."""
     import transformers
+
+    # token features are kept from the left, and zero behind the last token
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             place.folder, revision=place.revision, padding_side="right")
@@ -146,10 +154,14 @@ def digest(network):
     tensors = []
     for tensor in network.state_dict().values():
         values = tensor.detach().float().flatten()
+
+        # evenly over the tensor, which may be large
         count = min(1024, len(values))
         values = values[torch.arange(count) * len(values) // count]
         shape = str(tuple(tensor.shape)).encode()
         tensors.append(shape + values.cpu().numpy().tobytes())
+
+    # sorted, as another class of the same network may order and name them in another way
     return hashlib.sha256(b"".join(sorted(tensors))).hexdigest()[:12]
 
 
@@ -170,6 +182,8 @@ def pinned(info):
     """The names of a network, each with its commit, so that a hub gives the same one again."""
     names = info["name"].split(" + ")
     revisions = (info["revision"] or "-").split(" + ")
+
+    # a local folder has no revision: "-"
     pins = []
     for name, revision in zip(names, revisions, strict=False):
         if "@" not in name and revision != "-":
@@ -182,10 +196,12 @@ def label(info):
     """A network in an error message."""
     if not info["name"]:
         return "none"
+
     details = []
     for key in ("class", "revision", "weights", "scale", "shift", "length", "layer"):
         if info.get(key) not in (None, "-"):
             details.append(f"{key} {info[key]}")
+
     if not details:
         return repr(info["name"])
     return f"{info['name']!r} ({' '.join(details)})"
@@ -266,8 +282,9 @@ def image_features(settings, device, normalise=True, key="features.name"):
     network = found.network
     dtype = dtype_of(settings.precision, device)
 
-    name_of_dtype = str(dtype).removeprefix("torch.")
+    # features that are cached are used again where all of this is the same
     length = "L2-normalised, " if normalise else ""
+    name_of_dtype = str(dtype).removeprefix("torch.")
     info = {
         "name": settings.name,
         "revision": place.revision,
@@ -386,6 +403,7 @@ def clip_scorer(name, device):
     place = locate("clip", name)
     import transformers
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
     kind = place.about.get("model_type")
     if kind != "clip":
         raise UserError(f"--clip {name} is a {kind!r}, not a CLIP with both image and text")
@@ -438,6 +456,7 @@ def find_autoencoder(name):
     """
     place = locate("autoencoder.name", name)
     import diffusers
+
     diffusers.utils.logging.set_verbosity_error()
     class_name = place.about.get("_class_name")
     if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
@@ -451,10 +470,13 @@ def find_autoencoder(name):
     with torch.device("meta"):
         about = kind.from_config(place.about).config
 
+    # one number, or one of each channel
     std = about.get("latents_std")
     scale = about.scaling_factor
     if std is not None:
         scale = [about.scaling_factor / s for s in std]
+
+    # every level but the first halves the side
     if class_name == "AutoencoderKL":
         levels = len(about.block_out_channels)
     else:
@@ -491,11 +513,11 @@ class Autoencoder:
             "precision": resolve(precision, device),
         }
 
-        self.factor = self.info["factor"]
-        # one number, or one of each channel
+        # of one element, or of one a channel
         self.scale = torch.tensor(self.info["scale"], device=device).float().view(-1, 1, 1)
         self.shift = torch.tensor(self.info["shift"], device=device).float().view(-1, 1, 1)
 
+        self.factor = self.info["factor"]
         self.network.tile_sample_min_size = TILE
         self.network.tile_latent_min_size = TILE // self.factor
         # AutoencoderTiny's tiles take it for 8 always
@@ -517,6 +539,7 @@ class Autoencoder:
         means = []
         stds = []
         bf16 = self.precision == "bf16"
+
         for part in self._parts(x, pixels=x[0, 0].numel()):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 out = self.network.encode(part)
@@ -525,8 +548,11 @@ class Autoencoder:
                 stds.append(out.latent_dist.std.float() * self.scale)
             else:
                 mean = out.latents
+
             means.append((mean.float() - self.shift) * self.scale)
-        return torch.cat(means), (torch.cat(stds) if stds else None)
+
+        std = torch.cat(stds) if stds else None
+        return torch.cat(means), std
 
     @torch.no_grad()
     def decode(self, z):
@@ -534,9 +560,11 @@ class Autoencoder:
         side = z.shape[-1] * self.factor
         self.network.use_tiling = max(z.shape[-2:]) * self.factor > TILE
 
+        z = z.float() / self.scale + self.shift
         images = []
         bf16 = self.device.type == "cuda"
-        for part in self._parts(z.float() / self.scale + self.shift, pixels=side * side):
+
+        for part in self._parts(z, pixels=side * side):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 images.append(self.network.decode(part).sample.float())
         return torch.cat(images)
@@ -551,6 +579,8 @@ def find_text_encoder(settings):
     for name in settings.name.split(" + "):
         place = locate("text.name", name.strip())
         import transformers
+
+        # the half of CLIP that reads text; others have nothing else
         kind = transformers.AutoModel
         model_type = place.about.get("model_type")
         if model_type in ("clip", "clip_text_model"):
@@ -597,6 +627,7 @@ class TextEncoder:
         for kind, place in found.parts:
             network = load("text.name", kind, place)
             if network.config.is_encoder_decoder:
+                # BART's half; its decoder is freed
                 network = network.get_encoder()
             marks.append(f"{type(network).__name__}:{digest(network)}")
             tokenizer = load_tokenizer("text.name", place)
@@ -613,6 +644,7 @@ class TextEncoder:
         self._try()
 
     def _check_length(self, tokenizer, network, place):
+        # T5's positions are relative: it has no limit of its own
         positions = getattr(network.config, "max_position_embeddings", None)
         longest = min(tokenizer.model_max_length, positions or 10 ** 9)
         if self.settings.length > longest:
@@ -622,12 +654,14 @@ class TextEncoder:
     def _try(self):
         """UserError unless a caption gives token features of the width that the config promises."""
         name = self.settings.name
+
         try:
             width = self.encode(["a"]).shape[2]
         except Exception as error:
             # a network of images and text, say
             raise UserError(f"text.name = {name!r} gives no token features of a caption "
                             f"({_cause(error)}): give a text encoder") from None
+
         if width != self.info["dim"]:
             raise UserError(f"text.name = {name!r} gives {width} features a token, its config says "
                             f"{self.info['dim']}: give a text encoder")
@@ -642,6 +676,8 @@ class TextEncoder:
         rows = []
         for first in range(0, len(captions), CAPTIONS_AT_ONCE):
             part = captions[first:first + CAPTIONS_AT_ONCE]
+
+            # [n,L,D] of each encoder, side by side
             features = []
             for tokenizer, network in self.encoders:
                 self._warn(tokenizer, part)
@@ -658,6 +694,7 @@ class TextEncoder:
                       output_hidden_states=penultimate)
         hidden = out.hidden_states[-2] if penultimate else out.last_hidden_state
 
+        # what a tokenizer puts around an empty caption are tokens, too
         not_empty = [bool(caption.strip()) for caption in captions]
         not_empty = torch.tensor(not_empty, device=self.device)
         mask = tokens.attention_mask.bool() & not_empty[:, None]
@@ -689,14 +726,18 @@ def frozen_parameters(config):
         kind, place = find_autoencoder(config.autoencoder.name).parts[0]
         with torch.device("meta"):
             networks.append(kind.from_config(place.about))
+
     if config.data.condition == "text" and config.text.name != NONE["text"]:
         for kind, place in find_text_encoder(config.text).parts:
             networks.append(_text_encoder_without_weights(kind, place))
+
     return [sum(p.numel() for p in network.parameters()) for network in networks]
 
 
 def _text_encoder_without_weights(kind, place):
+    """A text encoder on the meta device."""
     import transformers
+
     about = transformers.AutoConfig.from_pretrained(place.folder, revision=place.revision)
     with torch.device("meta"):
         # an Auto class chooses by the config, CLIPTextModel takes the half that is its own
@@ -704,6 +745,7 @@ def _text_encoder_without_weights(kind, place):
             network = kind.from_config(about)
         else:
             network = kind(about.get_text_config())
+
     if network.config.is_encoder_decoder:
         return network.get_encoder()
     return network
