@@ -1,10 +1,10 @@
 """Training on cached latents against encoding on the fly: images/s, in turns.
 
     python bench/cache.py runs/emoji-latents --shard 3        # after cache_latents.py --shard 3
-    python bench/cache.py runs/emoji-latents --shard 3 --turns 5 -- --train.micro_batch 16
+    python bench/cache.py runs/emoji-latents --shard 3 --turns 5 --train.micro_batch 16
 
-What follows `--` are flags of train_expert.py. Each turn trains --steps (80) from scratch, once
-each way; the speed is that of the middle half: the first quarter starts up, the last one samples.
+Other flags are train_expert.py's. Each turn trains --steps (80) from scratch, once each way; the
+speed is that of the middle half: the first quarter starts up, the last one samples.
 """
 import argparse
 import csv
@@ -17,7 +17,7 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def speed(source, args, use_latents):
+def speed(source, args, flags, use_latents):
     """-> images/s of one training on a run's shards or latents, which are linked to."""
     with tempfile.TemporaryDirectory() as run_dir:
         for name in ("config.toml", "clusters.safetensors", "shards", "latents"):
@@ -27,7 +27,7 @@ def speed(source, args, use_latents):
         command += ["--data.use_latents", use_latents, "--train.steps", str(args.steps)]
         # four rows of the log, and nothing written that takes time
         command += ["--train.log_every", str(args.steps // 4), "--train.sample_every", "0"]
-        command += ["--train.save_every", "1000", *args.flags]
+        command += ["--train.save_every", "1000", *flags]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL)
 
@@ -41,21 +41,20 @@ def speed(source, args, use_latents):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir")
     parser.add_argument("--shard", required=True)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("flags", nargs="*")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
     source = os.path.abspath(args.run_dir)
 
     ratios = []
     for turn in range(args.turns):
         # one after the other, so that what slows the machine slows both
-        cached = speed(source, args, "true")
-        on_the_fly = speed(source, args, "false")
+        cached = speed(source, args, flags, use_latents="true")
+        on_the_fly = speed(source, args, flags, use_latents="false")
         ratios.append(cached / on_the_fly)
         print(f"turn {turn + 1}: {cached:.1f} images/s cached, {on_the_fly:.1f} on the fly, ratio "
               f"{ratios[-1]:.2f}", flush=True)

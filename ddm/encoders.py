@@ -580,13 +580,12 @@ def find_text_encoder(settings):
         place = locate("text.name", name.strip())
         import transformers
 
-        # the half of CLIP that reads text; others have nothing else
+        # AutoModel would load CLIP's image tower and T5's decoder, too
         kind = transformers.AutoModel
         model_type = place.about.get("model_type")
         if model_type in ("clip", "clip_text_model"):
             kind = transformers.CLIPTextModel
         elif model_type in ("t5", "mt5", "umt5"):
-            # AutoModel would load the decoder, too
             kind = transformers.AutoModelForTextEncoding
         parts.append((kind, place))
 
