@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import command
 from PIL import Image
 
 import data
 from ddm.errors import UserError
 from ddm.tars import BadSample, TarWriter, scan_tar
 from data import TarDataset, decode, permute, square
-from training import positions
 from ddm import features
+from ddm.loading import positions
 import ddm.tars
 
 
@@ -70,7 +69,7 @@ def read_by(dataset, first, last, batch, world, micro, workers=0):
 @pytest.mark.parametrize("run", [1, 4])
 def test_each_sample_exactly_once_an_epoch_over_ranks_and_workers(uneven, world, workers, micro, run):
     """Micro-batches that do not divide a rank's share, tars of 7, 0 and 12 samples; a step of 38 is two epochs of 19."""
-    dataset = TarDataset(uneven, 8, "class", classes=19, seed=3, run=run)
+    dataset = TarDataset(uneven, 8, "class", classes=19, seed=3, shuffle_block=run)
     seen = read_by(dataset, 0, 2, 38, world, micro, workers)
     for epoch in range(4):
         assert sorted(seen[epoch * 19:(epoch + 1) * 19]) == list(range(19))
@@ -84,7 +83,7 @@ def test_a_resume_goes_on_with_the_very_next_sample_on_any_number_of_ranks(uneve
 
 
 def test_runs_of_consecutive_samples_stay_together(uneven):
-    dataset = TarDataset(uneven, 8, "class", classes=19, run=4)
+    dataset = TarDataset(uneven, 8, "class", classes=19, shuffle_block=4)
     order = [dataset.order(p) for p in range(16)]
     assert all(order[i + 1] == (order[i] + 1) % 19 for i in range(16) if i % 4 != 3)
 
@@ -299,7 +298,7 @@ def test_an_unchanged_tar_is_not_read_again(here, monkeypatch):
     touch("a.tar")
     ranks = SimpleNamespace(rank=0, world=1)
     first = ddm.tars.read_sources(["a.tar"], "out/sources.json", ranks)
-    monkeypatch.setattr(data.hashlib, "file_digest", lambda *args: pytest.fail("read again"))
+    monkeypatch.setattr(ddm.tars.hashlib, "file_digest", lambda *args: pytest.fail("read again"))
     assert ddm.tars.read_sources(["a.tar"], "out/sources.json", ranks) == first
     (here / "out" / "sources.json").write_text('{"x": 5}')
     monkeypatch.undo()
@@ -315,7 +314,7 @@ def test_bad_samples_are_named_and_replaced_without_moving_any_other(tmp_path):
     bad[3]["png"] = b"not a picture"
     bad[5]["txt"] = b" ?! "
     del bad[9]["png"]
-    dataset, clean = (TarDataset([write(tmp_path / f"{n}.tar", s)], 8, "text", lambda c: torch.zeros(1)) for n, s in (("bad", bad), ("good", good)))
+    dataset, clean = (TarDataset([write(tmp_path / f"{n}.tar", s)], 8, "text", encode=lambda c: torch.zeros(1)) for n, s in (("bad", bad), ("good", good)))
     causes = []
     for p in range(20):
         item = dataset[p]
@@ -394,45 +393,3 @@ def test_pixels_survive_the_round_trip_through_floats():
     floats = data.to_float(x)
     assert floats.min() == -1 and floats.max() == 1 and floats.shape == (1, 3, 16, 16)
     assert torch.equal(data.to_uint8(floats), x)
-
-
-# ---- the demo set -------------------------------------------------------------------------------------------------
-
-def test_the_demo_set_shows_what_its_captions_say(monkeypatch):
-    """By bench/check_shapes.py, which shares no code with the drawing."""
-    monkeypatch.syspath_prepend(os.path.join(os.path.dirname(data.__file__), "bench"))
-    from check_shapes import check
-    for size in (16, 32, 64):
-        drawn = [data.draw_shape(np.random.default_rng([0, i]), size) for i in range(200)]
-        assert all(all(check(np.asarray(image), caption)) for image, caption in drawn)
-    captions = {caption for _, caption in drawn}
-    assert len(captions) == 24 and captions == {f"a {c} {s}" for c in data.SHAPE_COLOURS for s in data.SHAPES}
-
-
-def test_the_demo_set_is_the_same_for_a_seed():
-    image, caption = data.draw_shape(np.random.default_rng([4, 2]), 16)
-    again, same = data.draw_shape(np.random.default_rng([4, 2]), 16)
-    assert caption == same and image.tobytes() == again.tobytes()
-    assert data.draw_shape(np.random.default_rng([5, 2]), 16)[0].tobytes() != image.tobytes()
-
-
-def test_imagenet_s_own_tar_becomes_shards_with_classes_in_the_names_order(tmp_path):
-    with tarfile.open(tmp_path / "train.tar", "w") as outer:
-        for name in ("n02", "n01"):
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as tar:
-                for i in range(3):
-                    info = tarfile.TarInfo(f"{name}_{i}.JPEG")
-                    info.size = 4
-                    tar.addfile(info, io.BytesIO(f"{name[1:]}{i} ".encode()))
-            info = tarfile.TarInfo(f"{name}.tar")
-            info.size = len(inner.getvalue())
-            outer.addfile(info, io.BytesIO(inner.getvalue()))
-    assert "6 pictures of 2 classes" in command("tools/shapes.py", "--out", tmp_path / "out", "--imagenet", tmp_path / "train.tar", "--per-tar", 4).stdout
-    found = [[(s.key, sorted(s.members)) for s in scan_tar(tmp_path / "out" / f"0000{i}.tar")] for i in range(2)]
-    assert [len(samples) for samples in found] == [4, 2] and all(m == ["cls", "image"] for samples in found for _, m in samples)
-    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
-        payloads = {m.name: tar.extractfile(m).read() for m in tar}
-    assert payloads["n01_2.jpg"] == b"012 " and payloads["n01_2.cls"] == b"0" and payloads["n02_0.cls"] == b"1"
-    done = command("tools/shapes.py", "--out", tmp_path / "none", "--imagenet", tmp_path / "out" / "00000.tar", check=False)
-    assert done.returncode == 2 and "ILSVRC2012_img_train.tar" in done.stderr and not os.path.exists(tmp_path / "none")

@@ -327,7 +327,7 @@ def read_both(path, condition, latent=None):
     used = {sample.start: ("used", image, c) for sample, _, c, (vector, image) in found if np.isfinite(vector).all()}
     skipped = {sample.start: f"skipped: {error}" for sample, error in bad}
     first = [used.get(s.start) or skipped[s.start] for s in scanned]
-    dataset, second = TarDataset([path], 8, condition, None, 10), []
+    dataset, second = TarDataset([path], 8, condition, encode=None, classes=10), []
     for number in range(len(dataset)):
         try:
             image, c, _ = dataset.sample(number)
@@ -556,7 +556,7 @@ def test_a_tar_replaced_by_one_of_the_same_size_and_date_gives_no_other_samples(
             tar.add(f"{i:06d}.cls", samples[i]["cls"])
     os.utime(two[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert os.stat(two[1]).st_size == stat.st_size
-    dataset.files.clear()
+    dataset.files.descriptors.clear()
     for reader in (TarDataset(two, 8, "class", classes=20), dataset):
         assert set(compare(reader, clean, set(range(10, 20)))) == {ddm.tars.STALE}
 
@@ -688,7 +688,7 @@ def test_mutated_tars_raise_nothing_but_user_errors_and_end(tmp_path, capsys):
             samples = list(itertools.islice(scan_tar(path), 1000))
             assert len(samples) < 100 and all(0 <= s.start < s.end and s.start % 512 == 0 for s in samples)
             list(usable(path, lambda image: image, 8, SimpleNamespace(condition="text", classes=0), []))
-            dataset = TarDataset([str(path)], 8, "text", None)
+            dataset = TarDataset([str(path)], 8, "text", encode=None)
             assert len(dataset) == len(samples)
             for number in range(len(dataset)):
                 dataset.name(number)
