@@ -174,8 +174,8 @@ def open_reference(patterns, size, condition="none", classes=0):
         list(find_tars(patterns, left).values()),
         size,
         condition,
-        None if condition == "text" else to_tensor,
-        classes,
+        encode=None if condition == "text" else to_tensor,
+        classes=classes,
     )
     if not len(data):
         raise UserError(

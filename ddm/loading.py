@@ -159,7 +159,7 @@ def _dataset(tars, config, space, cache, seed, labelled):
         seed=seed,
         crop=config.data.crop,
         flip=config.data.flip,
-        run=config.data.shuffle_block,
+        shuffle_block=config.data.shuffle_block,
         noise_shape=(space.channels, space.size, space.size),
         clusters=labelled,
         posterior=space.posterior,
