@@ -2,7 +2,7 @@
 router and is used like a monolith.
 
     torchrun --nproc_per_node=8 distill.py --run-dir runs/laion
-    python distill.py --run-dir runs/demo --init 3      # begins with expert 3 (or all: the monolith)
+    python distill.py --run-dir runs/demo --init 3     # begins with expert 3 (or all: the monolith)
     python sample.py --run-dir runs/demo --student --prompt "a red circle"
 
 --train.* and [train.student] apply; by default a quarter of the monolith's batch, as in the paper.

@@ -1,7 +1,7 @@
-"""How many functions and files one image passes on its way to the optimiser, and one prompt to an image.
+"""How many functions and files one image passes to the optimiser, and one prompt to an image.
 
-    python bench/hops.py --train train_expert.py --run-dir runs/demo --shard 0 --train.steps 2
-    python bench/hops.py --sample sample.py --run-dir runs/demo --prompt "a red circle" --out /tmp/x.png
+    python bench/hops.py --train train_expert.py --run-dir RUN --shard 0 --train.steps 4
+    python bench/hops.py --sample sample.py --run-dir RUN --prompt "a red circle" --out x.png
 
 Runs the script in this process and notes each function of the repository that is called: of a
 training those of its second step (the first one opens files; no row of the log, no checkpoint: give
@@ -28,7 +28,8 @@ def main():
             return
         code = frame.f_code
         path = os.path.abspath(code.co_filename)
-        if code.co_filename.startswith("<") or not path.startswith(root + os.sep) or ".venv" in path:
+        foreign = code.co_filename.startswith("<") or ".venv" in path
+        if foreign or not path.startswith(root + os.sep):
             return
         if kind == "--train" and code.co_name == "__getitem__" and path.endswith("data.py"):
             reads += 1

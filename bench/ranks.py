@@ -6,6 +6,7 @@ Trains, for 60 steps each, expert 0, the monolith and the router, as one process
 prints the largest relative difference of their logged losses. Then trains expert 0 again inside `unshare -rn` (no network
 but loopback) with every other shard deleted, and compares all tensors bit by bit.
 """
+
 import argparse
 import csv
 import os
@@ -22,8 +23,26 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def train(run, *script, launcher=(sys.executable,)):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    flags = ["--run-dir", run, "--train.steps", "60", "--train.log_every", "5", "--train.warmup", "0", "--train.decay", "0"]
-    subprocess.run([*launcher, *script, *flags], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = [
+        "--run-dir",
+        run,
+        "--train.steps",
+        "60",
+        "--train.log_every",
+        "5",
+        "--train.warmup",
+        "0",
+        "--train.decay",
+        "0",
+    ]
+    subprocess.run(
+        [*launcher, *script, *flags],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def losses(run, name):
@@ -32,7 +51,9 @@ def losses(run, name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="a run's folder after cluster.py")
     source = parser.parse_args().run
     with tempfile.TemporaryDirectory() as scratch:
@@ -42,25 +63,49 @@ def main():
             shutil.copytree(os.path.join(source, "shards"), os.path.join(run, "shards"))
             for name in ("config.toml", "clusters.safetensors"):
                 shutil.copy(os.path.join(source, name), run)
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")
-        for name, script in (("expert-0", ["train_expert.py", "--shard", "0"]), ("expert-all", ["train_expert.py", "--shard", "all"]),
-                             ("router", ["train_router.py"])):
+        torchrun = (
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "--",
+        )
+        for name, script in (
+            ("expert-0", ["train_expert.py", "--shard", "0"]),
+            ("expert-all", ["train_expert.py", "--shard", "all"]),
+            ("router", ["train_router.py"]),
+        ):
             train(one, *script)
             train(two, *script, launcher=torchrun)
             a, b = losses(one, name), losses(two, name)
             worst = max(abs(x - y) / x for x, y in zip(a, b, strict=True))
-            a_weights, b_weights = (load_file(os.path.join(run, "router.safetensors" if name == "router" else f"experts/{name[7:]}.safetensors"))
-                                    for run in (one, two))
+            a_weights, b_weights = (
+                load_file(
+                    os.path.join(
+                        run,
+                        "router.safetensors"
+                        if name == "router"
+                        else f"experts/{name[7:]}.safetensors",
+                    )
+                )
+                for run in (one, two)
+            )
             apart = max((a_weights[k] - b_weights[k]).abs().max().item() for k in a_weights)
-            print(f"{name}: 2 ranks against 1 process, 60 steps: loss {a[0]:.4f} -> {a[-1]:.4f}, largest relative difference of a logged loss "
-                  f"{worst:.1e}, of weights (absolute) {apart:.1e}", flush=True)
+            print(
+                f"{name}: 2 ranks against 1 process, 60 steps: loss {a[0]:.4f} -> {a[-1]:.4f}, largest relative difference of a logged loss "
+                f"{worst:.1e}, of weights (absolute) {apart:.1e}",
+                flush=True,
+            )
         for other in os.listdir(os.path.join(alone, "shards")):
             if other != "0":
                 shutil.rmtree(os.path.join(alone, "shards", other))
         train(alone, "train_expert.py", "--shard", "0", launcher=("unshare", "-rn", sys.executable))
         a, b = (load_file(os.path.join(run, "experts", "0.safetensors")) for run in (one, alone))
         same = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        print(f"expert-0 without network and other shards: {len(a)} tensors {'bit-identical' if same else 'DIFFER'}")
+        print(
+            f"expert-0 without network and other shards: {len(a)} tensors {'bit-identical' if same else 'DIFFER'}"
+        )
 
 
 if __name__ == "__main__":

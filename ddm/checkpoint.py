@@ -160,7 +160,7 @@ class Checkpoints:
         set_state_dict(engine.model, optimizer, model_state_dict=tensors["model"],
                        optim_state_dict=tensors["optimizer"])
         groups = [group for each in optimizers for group in each.param_groups]
-        for group, values in zip(groups, settings):
+        for group, values in zip(groups, settings, strict=True):
             group.update(values)
 
         engine.step = self.kept = self.state["step"]

@@ -299,7 +299,7 @@ class Engine:
 
         Bit by bit in place: that takes no memory, so it never stops half-way.
         """
-        for e, p in zip(self.ema.values(), self.model.parameters()):
+        for e, p in zip(self.ema.values(), self.model.parameters(), strict=True):
             e = local(e).view(torch.int32)
             p = local(p).view(torch.int32)
             p ^= e

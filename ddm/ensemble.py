@@ -150,7 +150,8 @@ class Ensemble:
             model = artifacts.load(path, self.device, self.dtype)[0]
         except ValueError as error:
             raise UserError(str(error), local=True) from None
-        self.cost[name] = model.requires_grad_(False).flops()
+        model.requires_grad_(False)
+        self.cost[name] = plan.flops(model.config)
         if self.compile:        # all blocks of a shape share one graph
             for block in model.blocks:
                 block.compile(dynamic=True)

@@ -76,7 +76,7 @@ def open_shards(run_dir, shards, config, train, ranks, clusters, *, labelled=Fal
         data.append(_dataset(paths, config, space, cache, seed, labelled))
     if not cache:
         check_samples(data)
-    for folder, part in zip(folders if apart else [", ".join(folders)], data):
+    for folder, part in zip(folders if apart else [", ".join(folders)], data, strict=True):
         if not len(part):
             raise UserError(f"no samples in {folder}")
 
@@ -172,7 +172,7 @@ def check_samples(data):
     """UserError unless each tar has as many samples as its manifest says."""
     manifests = {}
     for part in data:
-        for tar, rows in zip(part.tars, part.index):
+        for tar, rows in zip(part.tars, part.index, strict=True):
             folder, name = os.path.split(tar)
             if folder not in manifests:
                 manifests[folder] = read_manifest(folder)["tars"]

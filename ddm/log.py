@@ -1,4 +1,4 @@
-"""What a training says of itself: means since the last row (Meter), CSV files, the step line, grids.
+"""What a training says of itself: means since the last row (Meter), CSV files, step line, grids.
 
     meter.add("loss", loss)                 mean over images in the column `loss`
     meter.add_by_t("loss", loss, t)         the same by noise level, in loss_t0 ... loss_t4
@@ -282,7 +282,10 @@ class Log:
             self.profiler.step()
 
     def row(self):
-        """Writes the row of this step; a collective. UserError if too many samples are unusable."""
+        """Writes the row of this step; a collective.
+
+        UserError if too many samples could not be used.
+        """
         step = self.engine.step
         images = step * self.engine.batch
         now = time.monotonic()
@@ -328,7 +331,8 @@ class Log:
         self.skipped = []
         self.bad += len(rows)
         if rows and self.bar is not None:
-            self.skipped_table.add([dict(zip(self.skipped_table.columns, row)) for row in rows])
+            columns = ("step", "tar", "sample", "cause")
+            self.skipped_table.add([dict(zip(columns, row, strict=True)) for row in rows])
 
         read = images + self.bad
         if self.bad > 10 and self.bad > self.max_bad * read:
@@ -339,7 +343,8 @@ class Log:
         """Model FLOPs utilisation: the share of the devices' peak rate that the model has used."""
         if not self.peak:
             return ""
-        return f"{self.engine.image_flops * self.images / (seconds * self.ranks.world * self.peak):.4f}"
+        could = seconds * self.ranks.world * self.peak
+        return f"{self.engine.image_flops * self.images / could:.4f}"
 
     def _peak_memory(self):
         """Bytes that this rank took at most: of its GPU since the last row, or of the host."""
@@ -433,9 +438,11 @@ def sample_ema(engine, config, space, x, c, solver_steps):
     at_once = engine.train.micro_batch or engine.batch // engine.ranks.world
 
     def predict(x_t, t, c):
-        conditions = c.split(at_once) if c is not None else [None] * len(x_t)
+        conditions = [None] * math.ceil(len(x_t) / at_once)
+        if c is not None:
+            conditions = c.split(at_once)
         velocities = []
-        for part in zip(x_t.split(at_once), t.split(at_once), conditions):
+        for part in zip(x_t.split(at_once), t.split(at_once), conditions, strict=True):
             velocities.append(flow.predict_velocity(
                 engine.model, *part, config.flow.objective, config.flow.path, bound))
         return torch.cat(velocities)
@@ -456,11 +463,11 @@ def sample_ema(engine, config, space, x, c, solver_steps):
     engine.swap_ema()
     try:
         with eager, autocast:
-            for x in flow.integrate(velocity, x.to(device), times, config.sample.solver):
-                pass
+            for x_t in flow.integrate(velocity, x.to(device), times, config.sample.solver):
+                x_0 = x_t
     finally:
         engine.swap_ema()
-    return x
+    return x_0
 
 
 # ---- traces --------------------------------------------------------------------------------------

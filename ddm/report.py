@@ -1,154 +1,429 @@
-"""What evaluate.py says of its measurements: the ledger of training compute, tables as text, a figure."""
+"""What evaluate.py says of its measurements: the ledger of training compute, tables, a figure.
+
+    entries, lines = ledger("runs/demo", experts=4)     what training has cost
+    output = Output("runs/demo/evaluation", "models")   the files of all results
+    as_text(output.results)                             their tables
+
+A result is what evaluate.py's JSON says of a run: {run, experts, reference, rows, ledger, ...}.
+"""
 import csv
-import itertools
+import json
 import os
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from ddm import artifacts
-from ddm.files import atomic
+from ddm.errors import UserError
+from ddm.files import atomic, try_file, try_folder, write_text
+
+# compute is called equal if the ledger's FLOPs differ by no more
+EQUAL = 0.05
 
 
-EQUAL = 0.05        # compute is called equal if the ledger differs by no more
+# ---- files ---------------------------------------------------------------------------------------
+
+@dataclass
+class Output:
+    """Where results go: FOLDER/TABLE.json and TABLE.md, written again after each row."""
+    folder: str
+    table: str
+    # a result for each run, as ddm/report.py takes them
+    results: list[dict] = field(default_factory=list)
+    # the names of the files of samples
+    written: list[str] = field(default_factory=list)
+
+    def path(self, ending):
+        return os.path.join(self.folder, f"{self.table}.{ending}")
+
+    def check(self):
+        """UserError or OSError if it cannot be written to: found out before the work."""
+        try:
+            self.folder.encode()
+        except UnicodeEncodeError:
+            # safetensors would fail later
+            raise UserError(f"--out {self.folder!r} is not UTF-8: give another folder") from None
+
+        try_folder(self.folder)
+        try_file(self.path("json"))
+        try_file(self.path("md"))
+        if self.table == "experts":
+            try_file(self.path("png"))
+
+    def save(self):
+        """Writes what there is so far."""
+        write_text(self.path("json"), json.dumps({"results": self.results}, indent=1))
+        # names of files need not be text
+        text = as_text(self.results).encode(errors="backslashreplace").decode()
+        write_text(self.path("md"), text)
+
+    def save_images(self, name, images, classes=None):
+        """Writes NAME.npz in ADM's format: images uint8 [N,S,S,3], and their classes, if any."""
+        arrays = {"arr_0": images}
+        if classes is not None:
+            arrays["arr_1"] = np.array(classes)
+        with atomic(os.path.join(self.folder, f"{name}.npz")) as temporary:
+            with open(temporary, "wb") as f:
+                np.savez(f, **arrays)
+        self.written.append(f"{name}.npz")
+
+    def say(self):
+        """Prints the tables, and where they are."""
+        print(f"\n{as_text(self.results)}")
+        places = f"in {self.path('json')} and {self.path('md')}"
+        if self.written:
+            places += f"; samples in {', '.join(self.written)}"
+        print(places)
+
+        files = [name for name in sorted(os.listdir(self.folder)) if name.endswith(".npz")]
+        earlier = [name for name in files if name not in self.written]
+        if earlier:
+            print(f"{self.folder} holds samples of earlier calls, too, not of this table: "
+                  f"{', '.join(earlier)}")
 
 
-def ledger(run, K):
-    """What training each model of the run has cost -> ({name: {steps, images, flops, device_hours}}, comparisons in words).
+# ---- the ledger ----------------------------------------------------------------------------------
 
-    FLOPs are analytic (a multiply-add is two; frozen networks left out), a student's with its teachers' forwards and those of the weights that it
-    began with. The ensemble is the sum of its experts and its router; without all of them there is none.
+def ledger(run_dir, experts):
+    """What training each model of a run of so many experts has cost.
+
+    -> ({name: {steps, images, flops, device_hours}}, comparisons in words). FLOPs are analytic (a
+    multiply-add is two; frozen networks left out), a student's with its teachers' forwards and
+    those of the weights that it began with. The ensemble is the sum of its experts and its router;
+    without all of them there is none.
     """
-    files = {f"expert {k}": (f"experts/{k}.safetensors", f"expert-{k}") for k in range(K)}
-    files |= {"router": ("router.safetensors", "router"), "monolith": ("experts/all.safetensors", "expert-all"), "student": ("student.safetensors", "student")}
-    entries, words = {}, []
-    for name, (path, log) in files.items():
-        path, log = os.path.join(run, path), os.path.join(run, "logs", f"{log}.csv")
-        if os.path.exists(path):
-            try:
-                info = artifacts.read_info(path)
-                entries[name] = {"steps": info["step"], "images": info["images"], "flops": info["flops"] + info.get("init_flops", 0),
-                                 "init": info.get("init", ""), "init_flops": info.get("init_flops", 0), "device_hours": device_hours(log)}
-            except (ValueError, KeyError):      # damaged: sampling has said so
-                continue
-    experts = [entries[name] for name in files if name.startswith("expert ") and name in entries]
-    if len(experts) == K and (K == 1 or "router" in entries):
-        parts = experts + [entries[name] for name in ("router",) if name in entries]
-        total = lambda key: None if None in (found := [part[key] for part in parts]) else sum(found)
-        entries["ensemble"] = {"steps": "", **{key: total(key) for key in ("images", "flops", "device_hours")}}
+    expert_names = [f"expert {k}" for k in range(experts)]
+    entries = {}
+    for k, name in enumerate(expert_names):
+        _enter(entries, name, run_dir, f"experts/{k}.safetensors", log=f"expert-{k}")
+    _enter(entries, "router", run_dir, "router.safetensors", log="router")
+    _enter(entries, "monolith", run_dir, "experts/all.safetensors", log="expert-all")
+    _enter(entries, "student", run_dir, "student.safetensors", log="student")
 
-        def compare(name, flops, other, more):
-            ratio = flops / entries[other]["flops"]
-            verdict = "equal compute" if abs(ratio - 1) <= EQUAL else "NOT equal compute"
-            words.append(f"{name}: {ratio:.3f} times the {other}'s training FLOPs{more}: {verdict}")
+    # what an ensemble consists of
+    parts = list(expert_names)
+    # a single expert needs no router
+    if experts > 1 or "router" in entries:
+        parts.append("router")
+    if any(name not in entries for name in parts):
+        return entries, []
 
-        if "monolith" in entries:
-            alone = sum(part["flops"] for part in experts) / entries["monolith"]["flops"]
-            compare("the ensemble", entries["ensemble"]["flops"], "monolith", f" (experts {alone:.3f}, router {entries['ensemble']['flops'] / entries['monolith']['flops'] - alone:.3f})")
-            if "student" in entries:
-                student = entries["student"]
-                compare("the student", student["flops"], "monolith", " (its teachers' forwards included, their training not)")
-                twice = student["init_flops"] if student["init"] != "all" else 0       # begun with the weights of a teacher, which is counted
-                compare("the student with its teachers", student["flops"] - twice + sum(part["flops"] for part in experts), "monolith", "")
-    return entries, words
+    entries["ensemble"] = _total([entries[name] for name in parts])
+    return entries, _comparisons(entries, expert_names)
+
+
+def _enter(entries, name, run_dir, path, log):
+    """Adds what the training of a model has cost, if there is such a model."""
+    path = os.path.join(run_dir, path)
+    if not os.path.exists(path):
+        return
+
+    try:
+        info = artifacts.read_info(path)
+        init_flops = info.get("init_flops", 0)
+        entries[name] = {
+            "steps": info["step"],
+            "images": info["images"],
+            "flops": info["flops"] + init_flops,
+            "init": info.get("init", ""),
+            "init_flops": init_flops,
+            "device_hours": device_hours(os.path.join(run_dir, "logs", f"{log}.csv")),
+        }
+    except (ValueError, KeyError):
+        # it is damaged: sampling has said so
+        return
+
+
+def _total(parts):
+    """The sum of some entries; of hours that one of them does not know there is none."""
+    total = {"steps": ""}
+    for key in ("images", "flops", "device_hours"):
+        values = [part[key] for part in parts]
+        total[key] = None if None in values else sum(values)
+    return total
+
+
+def _comparisons(entries, expert_names):
+    """Lines that hold the ensemble's and the student's training FLOPs against the monolith's."""
+    if "monolith" not in entries:
+        return []
+
+    monolith = entries["monolith"]["flops"]
+    ensemble = entries["ensemble"]["flops"]
+    experts = sum(entries[name]["flops"] for name in expert_names)
+
+    of_experts = experts / monolith
+    of_router = ensemble / monolith - of_experts
+    parts = f" (experts {of_experts:.3f}, router {of_router:.3f})"
+    lines = [_compare("the ensemble", ensemble / monolith, parts)]
+
+    if "student" in entries:
+        student = entries["student"]
+        lines.append(_compare("the student", student["flops"] / monolith,
+                              " (its teachers' forwards included, their training not)"))
+
+        # one that began with the weights of an expert has that one's cost in its own
+        counted_twice = 0 if student["init"] == "all" else student["init_flops"]
+        both = student["flops"] - counted_twice + experts
+        lines.append(_compare("the student with its teachers", both / monolith, ""))
+    return lines
+
+
+def _compare(name, ratio, parts):
+    verdict = "equal compute" if abs(ratio - 1) <= EQUAL else "NOT equal compute"
+    return f"{name}: {ratio:.3f} times the monolith's training FLOPs{parts}: {verdict}"
 
 
 def device_hours(log):
     """What the last row of a training's log says. None without a log, or where it is damaged."""
+    # a log that cannot be read costs its hours alone, not the evaluation
     try:
         with open(log, newline="", encoding="utf-8") as f:
-            return float(list(csv.DictReader(f))[-1]["device_hours"])
+            rows = list(csv.DictReader(f))
+        return float(rows[-1]["device_hours"])
     except (OSError, ValueError, TypeError, LookupError, csv.Error):
         return None
 
 
-def markdown(header, rows):
-    """A table as text whose columns line up."""
-    cells = [[str(c) for c in row] for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+# ---- tables as text ------------------------------------------------------------------------------
+
+def as_text(results):
+    """The readable form of a list of results: all their tables."""
+    several = len(results) > 1
+    parts = []
+    if any(result["rows"] for result in results):
+        parts.append(rows_table(results))
+
+    for result in results:
+        title = f"{result['run']}: " if several else ""
+        if "loss" in result:
+            parts.append(title + loss_table(result["loss"]))
+        if "router" in result:
+            parts.append(title + router_table(result["router"]))
+        if "ledger" in result:
+            parts.append(title + ledger_table(result["ledger"]))
+            parts += result["equal_compute"]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(rows):
+    """Rows {column: cell} as a table whose columns line up.
+
+    The columns stand in the order in which rows name them first; one that is empty in all rows is
+    left out.
+    """
+    # column -> whether any row has something there
+    filled = {}
+    for row in rows:
+        for column, cell in row.items():
+            filled[column] = filled.get(column, False) or str(cell) != ""
+    columns = [column for column in filled if filled[column]]
+
+    table = [columns]
+    for row in rows:
+        table.append([str(row.get(column, "")) for column in columns])
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+
+    # the header is the first line, the rule below it the second
+    lines = []
+    for cells in table:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append(f"| {' | '.join(padded)} |")
+    rule = "|".join("-" * (width + 2) for width in widths)
+    lines.insert(1, f"|{rule}|")
+    return "\n".join(lines)
 
 
 def spaces_of(row):
     """The names of the feature spaces that a row was measured in."""
-    return [key for key, value in row.items() if isinstance(value, dict) and "frechet_distance" in value]
+    names = []
+    for key, value in row.items():
+        if isinstance(value, dict) and "frechet_distance" in value:
+            names.append(key)
+    return names
 
 
 def rows_table(results):
-    """Each row of each run: a model under a strategy, and how it was sampled and against what it was measured."""
-    rows, several = [row for result in results for row in result["rows"]], len(results) > 1
-    scored, shared = any("clip_score" in row for row in rows), any("cluster_shares" in row for row in rows)
-    percent = lambda shares: " ".join(f"{share:.1%}" for share in shares)
-    header = ["model", "strategy", "GFLOPs/image", *itertools.chain(*([space, "precision", "recall"] for space in spaces_of(rows[0])))]
-    header += ["CLIP score"] * scored + ["share per cluster"] * shared + ["sampler", "samples", "seed", "reference"]
-    lines = []
+    """Each model under each strategy: how it was sampled, what was measured, and against what."""
+    rows = []
     for result in results:
-        for row in result["rows"]:
-            missing = f" (without {', '.join(map(str, row['missing']))})" if row.get("missing") else ""
-            cells = [row["model"] + missing, row["strategy"], "" if row["gflops_per_image"] is None else f"{row['gflops_per_image']:.4g}"]
-            for space in spaces_of(row):
-                cells += [f"{row[space]['frechet_distance']:.4g}", f"{row[space]['precision']:.3f}", f"{row[space]['recall']:.3f}"]
-            cells += [f"{row['clip_score']:.2f}" if "clip_score" in row else ""] * scored + [percent(row.get("cluster_shares", []))] * shared
-            lines.append([result["run"]] * several + cells + [row["sampler"], row["samples"], row["seed"], row["reference"]])
-        reference = result["reference"]
-        if "cluster_shares" in reference:
-            cells = ["(the reference)"] + [""] * (len(header) - 6) + [percent(reference["cluster_shares"]), "", reference["images"], "", reference["name"]]
-            lines.append([result["run"]] * several + cells)
-    precisions = dict.fromkeys(row["settings"]["precision"] for row in rows if "settings" in row)
-    sampled = f"\n\nsamples were drawn with weights in {', '.join(precisions)}" if precisions else ""
-    features = results[0]["reference"]["features"]
-    return markdown(["run"] * several + header, lines) + "".join(
-        f"\n\n{name}: {info['name']}, {info['preprocessing']}; precision and recall: of {rows[0][name]['of_pictures']} pictures each" for name, info in features.items()) + sampled
+        rows += result["rows"]
+
+    # the column of runs is left out where there is one
+    several = len(results) > 1
+    cells = []
+    for result in results:
+        run = result["run"] if several else ""
+        cells += [_row_cells(row, run) for row in result["rows"]]
+        if "cluster_shares" in result["reference"]:
+            cells.append(_reference_cells(result["reference"], run))
+
+    notes = []
+    for name, info in results[0]["reference"]["features"].items():
+        notes.append(f"{name}: {info['name']}, {info['preprocessing']}; precision and recall: "
+                     f"of {rows[0][name]['of_pictures']} images each")
+
+    # in their order, each once
+    precisions = dict.fromkeys(row["settings"]["precision"] for row in rows)
+    notes.append(f"samples were drawn with weights in {', '.join(precisions)}")
+    return "\n\n".join([markdown(cells), *notes])
 
 
-def bins(values):
-    return [f"t {b / len(values):.1f}-{(b + 1) / len(values):.1f}" for b in range(len(values))]
+def _row_cells(row, run):
+    model = row["model"]
+    if row["missing"]:
+        model += f" (without {', '.join(map(str, row['missing']))})"
+
+    cells = {
+        "run": run,
+        "model": model,
+        "strategy": row["strategy"],
+        "GFLOPs/image": f"{row['gflops_per_image']:.4g}",
+    }
+    spaces = spaces_of(row)
+    for space in spaces:
+        measured = row[space]
+        # of several spaces each has its own
+        of = f" ({space})" if len(spaces) > 1 else ""
+        cells[space] = f"{measured['frechet_distance']:.4g}"
+        cells[f"precision{of}"] = f"{measured['precision']:.3f}"
+        cells[f"recall{of}"] = f"{measured['recall']:.3f}"
+
+    clip_score = row.get("clip_score")
+    cells |= {
+        "CLIP score": "" if clip_score is None else f"{clip_score:.2f}",
+        "share per cluster": _percentages(row.get("cluster_shares", [])),
+        "sampler": row["sampler"],
+        "samples": row["samples"],
+        "seed": row["seed"],
+        "reference": row["reference"],
+    }
+    return cells
+
+
+def _reference_cells(reference, run):
+    return {
+        "run": run,
+        "model": "(the reference)",
+        "share per cluster": _percentages(reference["cluster_shares"]),
+        "samples": reference["images"],
+        "reference": reference["name"],
+    }
+
+
+def _percentages(shares):
+    return " ".join(f"{share:.1%}" for share in shares)
+
+
+def _by_t(values, digits):
+    """{bin of t: cell} of numbers in equal bins of t in [0,1]."""
+    cells = {}
+    for b, value in enumerate(values):
+        low = b / len(values)
+        high = (b + 1) / len(values)
+        cells[f"t {low:.1f}-{high:.1f}"] = f"{value:.{digits}f}"
+    return cells
 
 
 def loss_table(loss):
-    paired = "monolith" in loss["models"]
-    lines = [[name, f"{v['mean']:.5f}"] + [f"{v['difference']:+.5f} +- {v['difference_error']:.5f}" if "difference" in v else ""] * paired
-             + [f"{x:.4f}" for x in v["by_t"]] for name, v in loss["models"].items()]
-    times = bins(next(iter(loss["models"].values()))["by_t"])
-    return (f"validation loss of the velocity: {loss['images']} pictures of {loss['reference']}, at {len(times)} times each, the same noise for all "
-            f"(seed {loss['seed']}, precision {loss['precision']})"
-            + "; difference: to the monolith, picture by picture, +- one standard error" * paired + "\n\n" + markdown(["model", "loss"] + ["difference"] * paired + times, lines))
+    """The validation loss of each model, by t, with its difference to the monolith's."""
+    rows = []
+    for name, measured in loss["models"].items():
+        difference = ""
+        if "difference" in measured:
+            difference = f"{measured['difference']:+.5f} +- {measured['difference_error']:.5f}"
+        row = {"model": name, "loss": f"{measured['mean']:.5f}", "difference": difference}
+        rows.append(row | _by_t(measured["by_t"], digits=4))
+        bins = len(measured["by_t"])
+
+    text = (f"validation loss of the velocity: {loss['images']} images of {loss['reference']}, "
+            f"at {bins} times each, the same noise for all "
+            f"(seed {loss['seed']}, precision {loss['precision']})")
+    if "monolith" in loss["models"]:
+        text += "; difference: to the monolith, image by image, +- one standard error"
+    return f"{text}\n\n{markdown(rows)}"
 
 
-def as_text(results):
-    """The readable form of the results, as main() of evaluate.py collects them."""
-    parts = [rows_table(results)] if any(result["rows"] for result in results) else []
-    for result in results:
-        title = f"{result['run']}: " if len(results) > 1 else ""
-        if "loss" in result:
-            parts.append(title + loss_table(result["loss"]))
-        if "router" in result:
-            lines = [[name.replace("_", " "), *(f"{x:.3f}" for x in values)] for name, values in result["router"].items()]
-            parts.append(f"{title}router, on the same pictures\n\n" + markdown(["", *bins(result["router"]["accuracy"])], lines))
-        if "ledger" in result:
-            lines = [[name, e["steps"], e["images"], f"{e['flops']:.4g}", "" if e["device_hours"] is None else f"{e['device_hours']:.3g}"] for name, e in result["ledger"].items()]
-            parts.append(f"{title}ledger\n\n" + markdown(["model", "steps", "images seen", "training FLOPs", "device-hours"], lines)
-                         + "".join(f"\n\n{line}" for line in result["equal_compute"]))
-    return "\n\n".join(parts) + "\n"
+def router_table(quality):
+    """What metrics.router_quality says, by t."""
+    rows = []
+    for name, values in quality.items():
+        rows.append({"": name.replace("_", " ")} | _by_t(values, digits=3))
+    return f"router, on the same images\n\n{markdown(rows)}"
 
+
+def ledger_table(entries):
+    """What training has cost, a row for each model."""
+    rows = []
+    for name, entry in entries.items():
+        hours = entry["device_hours"]
+        rows.append({
+            "model": name,
+            "steps": entry["steps"],
+            "images seen": entry["images"],
+            "training FLOPs": f"{entry['flops']:.4g}",
+            "device-hours": "" if hours is None else f"{hours:.3g}",
+        })
+    return f"ledger\n\n{markdown(rows)}"
+
+
+# ---- figure 4 of the paper -----------------------------------------------------------------------
 
 def experts_figure(results, path):
-    """Figure 4 of the paper: quality against the number of experts, the monolith at 1."""
+    """Draws quality against the number of experts, the monolith at 1, as a PNG."""
+    # only this figure needs it
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    number = lambda result, model: 1 if model == "monolith" else result["experts"]
-    if rows := [(result, row) for result in results for row in result["rows"] if row["model"] != "student"]:
-        space = spaces_of(rows[0][1])[0]
-        axes[0].plot([number(result, row["model"]) for result, row in rows], [row[space]["frechet_distance"] for _, row in rows], "o")
-        axes[0].set(xlabel="experts (1: the monolith)", ylabel=space, xscale="log")
-    curves = [(name, number(result, name), v["mean"]) for result in results for name, v in result.get("loss", {"models": {}})["models"].items() if name != "student"]
-    for name in dict.fromkeys(name for name, *_ in curves):
-        axes[1].plot([k for other, k, _ in curves if other == name], [loss for other, _, loss in curves if other == name], "o", label=name)
-    axes[1].set(xlabel="experts (1: the monolith)", ylabel="validation loss", xscale="log")
-    axes[1].legend()
-    for axis in axes:
-        ticks = sorted({1, *(r["experts"] for r in results)})
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    _plot_distances(left, results)
+    _plot_losses(right, results)
+
+    ticks = sorted({1, *(result["experts"] for result in results)})
+    for axis in (left, right):
+        axis.set(xlabel="experts (1: the monolith)", xscale="log")
         axis.set_xticks(ticks, labels=ticks)
         axis.minorticks_off()
+
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
+
+
+def _number_of_experts(result, model):
+    return 1 if model == "monolith" else result["experts"]
+
+
+def _plot_distances(axis, results):
+    """The Frechet distance of each row, in the first of its spaces."""
+    numbers = []
+    distances = []
+    for result in results:
+        for row in result["rows"]:
+            if row["model"] == "student":
+                continue
+            space = spaces_of(row)[0]
+            numbers.append(_number_of_experts(result, row["model"]))
+            distances.append(row[space]["frechet_distance"])
+
+    # with --samples 0 there are no rows
+    if distances:
+        axis.plot(numbers, distances, "o")
+        axis.set(ylabel=space)
+
+
+def _plot_losses(axis, results):
+    """The validation loss of each model and strategy."""
+    points = {}
+    for result in results:
+        measured = result["loss"]["models"] if "loss" in result else {}
+        for name, loss in measured.items():
+            if name != "student":
+                point = (_number_of_experts(result, name), loss["mean"])
+                points.setdefault(name, []).append(point)
+
+    for name, of_name in points.items():
+        numbers, losses = zip(*of_name, strict=True)
+        axis.plot(numbers, losses, "o", label=name)
+    axis.set(ylabel="validation loss")
+    axis.legend()

@@ -1,4 +1,5 @@
 """A tiny run, made once by the commands themselves: 240 drawn shapes of 8 pixels, 3 experts of 20,000 weights; and tiny pretrained networks."""
+
 import contextlib
 import glob
 import importlib
@@ -18,9 +19,9 @@ import pytest
 from PIL import Image
 
 HUB = tempfile.TemporaryDirectory()
-os.environ["HF_HUB_OFFLINE"] = "1"      # no test asks the network
-os.environ["HF_HUB_CACHE"] = HUB.name   # nor what the user has of it
-os.environ["OMP_NUM_THREADS"] = "1"     # processes of several threads would wait for each other
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+os.environ["HF_HUB_CACHE"] = HUB.name  # nor what the user has of it
+os.environ["OMP_NUM_THREADS"] = "1"  # processes of several threads would wait for each other
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
@@ -60,13 +61,26 @@ steps = 4
 """
 
 
+def pytest_collection_modifyitems(items):
+    """Slow is whatever needs what the commands make: the tars, a run."""
+    for item in items:
+        if "tars" in item.fixturenames:
+            item.add_marker("slow")
+
+
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def command_line(*args, ranks=0):
     launcher = [sys.executable]
     if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]     # without the dashes torchrun takes our --run-dir for its --run-path
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            "--",
+        ]  # without the dashes torchrun takes our --run-dir for its --run-path
     return [*launcher, *map(str, args)]
 
 
@@ -76,7 +90,14 @@ def command(*args, ranks=0, check=True, real=False):
     real: by python or torchrun itself, where their own words and exit codes count; else by forks.py, which is quicker.
     """
     if real:
-        done = subprocess.run(command_line(*args, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command_line(*args, ranks=ranks),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     else:
         done = forks.run([*map(str, args)], cwd=ROOT, environment=ENVIRONMENT, ranks=ranks)
     assert not check or done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
@@ -86,9 +107,13 @@ def command(*args, ranks=0, check=True, real=False):
 def inside(script, *args):
     """Runs a script's main() in this process, to spare the seconds that a start of torch takes; -> CompletedProcess."""
     from ddm import errors
+
     main, code = importlib.import_module(script.removesuffix(".py")).main, 0
-    with mock.patch.object(sys, "argv", [script, *map(str, args)]), contextlib.redirect_stderr(io.StringIO()) as stderr, \
-            contextlib.redirect_stdout(io.StringIO()) as stdout:
+    with (
+        mock.patch.object(sys, "argv", [script, *map(str, args)]),
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+    ):
         try:
             errors.script(main)
         except SystemExit as end:
@@ -115,7 +140,22 @@ def copy(run, tmp_path):
 
 def sample(run, out, *flags, ranks=None):
     """Six pictures of two prompts; in this process unless ranks are given."""
-    args = ["sample.py", "--run-dir", run, "--device", "cpu", "--prompt", "a red circle", "--prompt", "a blue cross", "--num-images", 3, "--out", out, *flags]
+    args = [
+        "sample.py",
+        "--run-dir",
+        run,
+        "--device",
+        "cpu",
+        "--prompt",
+        "a red circle",
+        "--prompt",
+        "a blue cross",
+        "--num-images",
+        3,
+        "--out",
+        out,
+        *flags,
+    ]
     done = inside(*args) if ranks is None else command(*args, ranks=ranks)
     assert done.returncode == 0, done.stderr
     return done
@@ -124,6 +164,7 @@ def sample(run, out, *flags, ranks=None):
 def rewrite(path, to=None, /, **changes):
     """Saves a model again, its metadata changed, there or at `to`."""
     from ddm import artifacts
+
     network, info = artifacts.load(path)
     info.pop("model")
     artifacts.save(to or path, network.config, network.state_dict(), **info | changes)
@@ -131,12 +172,21 @@ def rewrite(path, to=None, /, **changes):
 
 def give(run, k, other):
     """Makes expert k of a run that of another cluster, too."""
-    rewrite(run / "experts" / f"{k}.safetensors", run / "experts" / f"{other}.safetensors", shard=str(other))
+    rewrite(
+        run / "experts" / f"{k}.safetensors",
+        run / "experts" / f"{other}.safetensors",
+        shard=str(other),
+    )
 
 
 def pictures(folder):
     """The single pictures that sample.py wrote, [N,H,W,3] int."""
-    return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(glob.glob(str(folder / "[0-9]*.png")))])
+    return np.stack(
+        [
+            np.asarray(Image.open(p)).astype(int)
+            for p in sorted(glob.glob(str(folder / "[0-9]*.png")))
+        ]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -174,52 +224,152 @@ def trained(clustered, tmp_path_factory):
 
 # ---- pretrained networks: the real classes with random weights -----------------------------------------------------
 
+
 def clip_tokenizer():
     """Every letter is a token, and another one at the end of a word."""
     from transformers import CLIPTokenizer
-    letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(letters)}, merges=[], model_max_length=24)
+
+    letters = [
+        *string.ascii_lowercase,
+        *(f"{c}</w>" for c in string.ascii_lowercase),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(letters)}, merges=[], model_max_length=24
+    )
 
 
 def t5_tokenizer():
     from transformers import T5Tokenizer
-    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((c, -3.0) for c in string.ascii_lowercase)], extra_ids=0)
+
+    return T5Tokenizer(
+        vocab=[
+            ("<pad>", 0.0),
+            ("</s>", 0.0),
+            ("<unk>", 0.0),
+            ("\u2581", -2.0),
+            *((c, -3.0) for c in string.ascii_lowercase),
+        ],
+        extra_ids=0,
+    )
 
 
 def bert_tokenizer():
     from transformers import BertTokenizer
+
     letters = string.ascii_lowercase
-    return BertTokenizer(vocab={piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)])},
-                         model_max_length=24)
+    return BertTokenizer(
+        vocab={
+            piece: i
+            for i, piece in enumerate(
+                [
+                    "[PAD]",
+                    "[UNK]",
+                    "[CLS]",
+                    "[SEP]",
+                    "[MASK]",
+                    *letters,
+                    *(f"##{c}" for c in letters),
+                ]
+            )
+        },
+        model_max_length=24,
+    )
 
 
 @pytest.fixture(scope="session")
 def networks(tmp_path_factory):
     """A folder of folders as save_pretrained writes them: dinov2, clip-image, clip, clip-2, t5, bert, bart, vae, tiny-vae."""
     import diffusers
-    import transformers
-    from transformers import (BartConfig, BartModel, BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig,
-                              Dinov2Config, Dinov2Model, T5Config, T5EncoderModel)
     import torch
+    import transformers
+    from transformers import (
+        BartConfig,
+        BartModel,
+        BertConfig,
+        BertModel,
+        CLIPConfig,
+        CLIPModel,
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPVisionConfig,
+        Dinov2Config,
+        Dinov2Model,
+        T5Config,
+        T5EncoderModel,
+    )
+
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("networks")
     small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    clip_text = CLIPTextConfig(**small, vocab_size=54, max_position_embeddings=24, bos_token_id=52, eos_token_id=53, pad_token_id=53, projection_dim=12)
+    clip_text = CLIPTextConfig(
+        **small,
+        vocab_size=54,
+        max_position_embeddings=24,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+        projection_dim=12,
+    )
     clip_image = CLIPVisionConfig(**small, image_size=28, patch_size=14, projection_dim=12)
-    made = {"dinov2": Dinov2Model(Dinov2Config(**small, image_size=28, patch_size=14)),
-            "clip-image": CLIPModel(CLIPConfig(text_config=clip_text.to_dict(), vision_config=clip_image.to_dict(), projection_dim=12)),
-            "clip": CLIPTextModel(clip_text),
-            "clip-2": CLIPTextModelWithProjection(CLIPTextConfig(**clip_text.to_dict() | {"hidden_size": 8})),
-            "t5": T5EncoderModel(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")),
-            "bart": BartModel(BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-                                         encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=57, max_position_embeddings=24)),
-            "bert": BertModel(BertConfig(**small, vocab_size=57, max_position_embeddings=24)),
-            "vae": vae(),
-            "tiny-vae": diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-                                                  num_decoder_blocks=(1, 1), latent_channels=4)}
-    tokenizers = {"clip": clip_tokenizer, "clip-2": clip_tokenizer, "clip-image": clip_tokenizer, "t5": t5_tokenizer, "bert": bert_tokenizer,
-                  "bart": bert_tokenizer}
+    made = {
+        "dinov2": Dinov2Model(Dinov2Config(**small, image_size=28, patch_size=14)),
+        "clip-image": CLIPModel(
+            CLIPConfig(
+                text_config=clip_text.to_dict(),
+                vision_config=clip_image.to_dict(),
+                projection_dim=12,
+            )
+        ),
+        "clip": CLIPTextModel(clip_text),
+        "clip-2": CLIPTextModelWithProjection(
+            CLIPTextConfig(**clip_text.to_dict() | {"hidden_size": 8})
+        ),
+        "t5": T5EncoderModel(
+            T5Config(
+                vocab_size=32,
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=2,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+            )
+        ),
+        "bart": BartModel(
+            BartConfig(
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+                vocab_size=57,
+                max_position_embeddings=24,
+            )
+        ),
+        "bert": BertModel(BertConfig(**small, vocab_size=57, max_position_embeddings=24)),
+        "vae": vae(),
+        "tiny-vae": diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+            latent_channels=4,
+        ),
+    }
+    tokenizers = {
+        "clip": clip_tokenizer,
+        "clip-2": clip_tokenizer,
+        "clip-image": clip_tokenizer,
+        "t5": t5_tokenizer,
+        "bert": bert_tokenizer,
+        "bart": bert_tokenizer,
+    }
     for name, network in made.items():
         network.save_pretrained(folder / name)
         if name in tokenizers:
@@ -230,8 +380,17 @@ def networks(tmp_path_factory):
 def vae(**options):
     """8x8 pictures -> 4x4 latents."""
     import diffusers
-    settings = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=(8, 8), norm_num_groups=4,
-                    latent_channels=4, sample_size=8, scaling_factor=0.5, shift_factor=0.25)
+
+    settings = dict(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=8,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    )
     return diffusers.AutoencoderKL(**settings | options)
 
 
@@ -239,9 +398,31 @@ def vae(**options):
 def latent_run(tars, config, networks, tmp_path_factory):
     """A run in the real recipe's shape, trained: DINOv2 clusters, cached latents, SDXL's pair of text encoders. Do not change it, copy it."""
     run = tmp_path_factory.mktemp("latent") / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--experts", 2, "--features.name", networks / "dinov2",
-            "--features.pool", "cls+mean", "--autoencoder.name", networks / "vae", "--text.name", f"{networks / 'clip'} + {networks / 'clip-2'}",
-            "--text.layer", "penultimate", "--text.length", 20, "--train.batch", 12)
+    command(
+        "cluster.py",
+        "--data",
+        tars / "*.tar",
+        "--run-dir",
+        run,
+        "--config",
+        config,
+        "--experts",
+        2,
+        "--features.name",
+        networks / "dinov2",
+        "--features.pool",
+        "cls+mean",
+        "--autoencoder.name",
+        networks / "vae",
+        "--text.name",
+        f"{networks / 'clip'} + {networks / 'clip-2'}",
+        "--text.layer",
+        "penultimate",
+        "--text.length",
+        20,
+        "--train.batch",
+        12,
+    )
     for shard in (0, 1, "router"):
         command("cache_latents.py", "--run-dir", run, "--shard", shard, "--captions")
     for shard in (0, 1):

@@ -2,6 +2,7 @@
 
 A process begins where python would have come to after the imports: nothing of ours is imported yet, and it has its own environment, folder and output.
 """
+
 import atexit
 import multiprocessing
 import multiprocessing.connection
@@ -15,11 +16,28 @@ import time
 import traceback
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([
-    "torch", "torch._dynamo", "torch._subclasses.fake_tensor", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
-    "torch.distributed.nn", "torch.distributed.tensor", "faiss", "numpy", "PIL.Image", "safetensors.torch", "tqdm",
-    "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip", "transformers.models.dinov2.modeling_dinov2",
-    "transformers.models.t5.modeling_t5", "diffusers.models.autoencoders.autoencoder_kl", "forks"])
+CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "torch._dynamo",
+        "torch._subclasses.fake_tensor",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.nn",
+        "torch.distributed.tensor",
+        "faiss",
+        "numpy",
+        "PIL.Image",
+        "safetensors.torch",
+        "tqdm",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.clip.tokenization_clip",
+        "transformers.models.dinov2.modeling_dinov2",
+        "transformers.models.t5.modeling_t5",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "forks",
+    ]
+)
 
 
 def run(args, cwd, environment, ranks=0, timeout=300):
@@ -29,11 +47,13 @@ def run(args, cwd, environment, ranks=0, timeout=300):
         settings, store = [environment], None
         if ranks:
             settings, store = rank_settings(environment, ranks)
-        processes = [CONTEXT.Process(target=become, args=(args, cwd, each, *paths)) for each in settings]
+        processes = [
+            CONTEXT.Process(target=become, args=(args, cwd, each, *paths)) for each in settings
+        ]
         for process in processes:
             process.start()
         code = wait(processes, time.monotonic() + timeout)
-        del store       # the ranks met there
+        del store  # the ranks met there
 
         texts = []
         for path in paths:
@@ -47,9 +67,16 @@ def run(args, cwd, environment, ranks=0, timeout=300):
 def rank_settings(environment, ranks):
     """-> (the environment of each rank, the store where they meet: it must live as long as they do)."""
     from torch.distributed import TCPStore
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
-              "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    common = {
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }
     settings = []
     for rank in range(ranks):
         own = common | {"RANK": rank, "LOCAL_RANK": rank}
@@ -61,7 +88,9 @@ def wait(processes, deadline):
     """-> the first exit code that is not 0, or 0; None: they had not ended at the deadline, and were killed."""
     code, running = 0, list(processes)
     while running and code == 0:
-        ended = multiprocessing.connection.wait([p.sentinel for p in running], max(0, deadline - time.monotonic()))
+        ended = multiprocessing.connection.wait(
+            [p.sentinel for p in running], max(0, deadline - time.monotonic())
+        )
         if not ended:
             code = None
         for process in [p for p in running if p.sentinel in ended]:
@@ -91,5 +120,7 @@ def become(args, cwd, environment, stdout, stderr):
         traceback.print_exc()
         sys.exit(1)
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler complains of the decoding processes that are killed now
-        atexit._run_exitfuncs()     # multiprocessing's processes leave without
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # torch's handler complains of the decoding processes that are killed now
+        atexit._run_exitfuncs()  # multiprocessing's processes leave without

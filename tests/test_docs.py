@@ -1,4 +1,4 @@
-"""The README and docs/: links lead somewhere, commands exist, and the exercises' diffs apply and train."""
+"""README and docs/: links lead somewhere, commands exist, the exercises' diffs apply and train."""
 import glob
 import os
 import re
@@ -40,7 +40,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_scripts_that_are_named_exist(page):
-    for script in re.findall(r"(?:python|torchrun --[^\n`]*?|bash) ((?:[\w./-]+/)?\w+\.(?:py|sh))\b", read(page)):
+    called = r"(?:python|torchrun --[^\n`]*?|bash) ((?:[\w./-]+/)?\w+\.(?:py|sh))\b"
+    for script in re.findall(called, read(page)):
         assert os.path.exists(os.path.join(ROOT, script)), script
 
 

@@ -1,4 +1,5 @@
 """Processes and their surroundings: failing ranks, locks, signals, shared memory, devices, what the file system refuses, text files."""
+
 import errno
 import json
 import multiprocessing
@@ -47,6 +48,8 @@ def error_of(done):
 
 # ---- a rank that fails ----------------------------------------------------------------------------------------------
 
+
+@pytest.mark.slow
 def test_a_failing_rank_ends_at_once_and_shows_its_traceback(tmp_path):
     """Leaving the group is a collective with NCCL: here it is one that never ends, as it would be for a rank that fails alone."""
     (tmp_path / "stage.py").write_text(f"""
@@ -64,22 +67,36 @@ def main():
 ddm.errors.script(main)
 """)
     done = command(tmp_path / "stage.py", ranks=2, check=False, real=True)
-    assert done.returncode == 1 and "RuntimeError: CUDA out of memory, say" in done.stderr and 'line 10, in main' in done.stderr
+    assert (
+        done.returncode == 1
+        and "RuntimeError: CUDA out of memory, say" in done.stderr
+        and 'line 10, in main' in done.stderr
+    )
 
 
 # ---- locks ----------------------------------------------------------------------------------------------------------
 
+
 def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
     path = tmp_path / "folder" / "lock"
     with ddm.lock.Lock(path, "expert-0 of runs/x"):
-        assert json.loads(path.read_text()) == {"host": socket.gethostname(), "kernel": mock.ANY, "pid": os.getpid(), "since": mock.ANY}
-        with pytest.raises(UserError, match=f"expert-0 of runs/x is being worked on by process {os.getpid()} on {socket.gethostname()} since 20"):
+        assert json.loads(path.read_text()) == {
+            "host": socket.gethostname(),
+            "kernel": mock.ANY,
+            "pid": os.getpid(),
+            "since": mock.ANY,
+        }
+        with pytest.raises(
+            UserError,
+            match=f"expert-0 of runs/x is being worked on by process {os.getpid()} on {socket.gethostname()} since 20",
+        ):
             ddm.lock.Lock(path, "expert-0 of runs/x").__enter__()
     assert not path.exists()
     with ddm.lock.Lock(path, "it"):
         pass
 
 
+@pytest.mark.slow
 def test_a_lock_does_not_outlive_a_kill_nor_lives_in_forks(tmp_path):
     path = tmp_path / "lock"
     holder = f"""
@@ -93,14 +110,16 @@ if os.fork() == 0:
 print("held", flush=True)
 time.sleep(120)
 """
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"by process {process.pid} on"):
             ddm.lock.Lock(path, "it").__enter__()
         process.kill()
         process.wait()
         assert path.exists()
-        with ddm.lock.Lock(path, "it"):       # the forked process still lives
+        with ddm.lock.Lock(path, "it"):  # the forked process still lives
             pass
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -154,7 +173,10 @@ def test_the_lock_of_a_machine_that_died_is_waited_for(tmp_path, monkeypatch):
         assert len(refusals) == 2
     path.write_text(json.dumps(ELSEWHERE))
     monkeypatch.setattr(ddm.lock, "LEASE", 0)
-    with mock.patch("fcntl.flock", side_effect=BlockingIOError), pytest.raises(UserError, match="by process 7 on elsewhere"):
+    with (
+        mock.patch("fcntl.flock", side_effect=BlockingIOError),
+        pytest.raises(UserError, match="by process 7 on elsewhere"),
+    ):
         ddm.lock.Lock(path, "it").__enter__()
 
 
@@ -174,12 +196,15 @@ def test_a_second_training_of_a_shard_is_refused_and_marks_nothing(clustered, tm
     with ddm.lock.Lock(run / "checkpoints" / "expert-0" / "lock", "expert-0 of here"):
         line = error_of(train(run, 8))
         assert f"by process {os.getpid()} on" in line
-        assert error_of(inside("train_expert.py", "--run-dir", run, "--shard", 0, "--train.stepz", 8))      # found before
+        assert error_of(
+            inside("train_expert.py", "--run-dir", run, "--shard", 0, "--train.stepz", 8)
+        )  # found before
     assert (run / "checkpoints" / "expert-0" / "status").read_text() == "finished 4\n"
     assert train(run, 8).returncode == 0
 
 
 # ---- waiting for data -------------------------------------------------------------------------------------------------
+
 
 def test_a_wait_for_data_that_lasts_is_ended_by_a_signal_and_saved(clustered, tmp_path):
     run = copy(clustered, tmp_path)
@@ -200,14 +225,23 @@ data.TarDataset.__getitem__ = sometimes
 errors.script(train_expert.main)
 """
     arguments = ["--run-dir", run, *FLAGS, "--train.steps", 100]
-    with subprocess.Popen([sys.executable, "-c", stuck, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", stuck, *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
         line = ""
         while line != "stuck\n":
             line = process.stdout.readline()
             assert line, "it ended before it was stuck"
         process.terminate()
         out = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by a signal, saved at step 5" in out, out
+    assert (
+        process.returncode == 128 + signal.SIGTERM and "stopped by a signal, saved at step 5" in out
+    ), out
     assert (run / "checkpoints" / "expert-0" / "status").read_text() == "to be continued 5\n"
     assert checkpoints(run) == ["step-00000004", "step-00000005"]
 
@@ -220,7 +254,11 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_training(clustered, tmp_pat
             raise OSError(errno.ENOSPC, "unable to allocate shared memory")
 
     collate = loading.collate
-    with mock.patch.object(loading, "collate", lambda items: collate(items) | ({"lost": Lost()} if len(items) > 1 else {})):
+    with mock.patch.object(
+        loading,
+        "collate",
+        lambda items: collate(items) | ({"lost": Lost()} if len(items) > 1 else {}),
+    ):
         line = error_of(train(run, 8, "--data.workers", 1))
     assert "a decoding process has died" in line and "/dev/shm" in line and "--data.workers" in line
 
@@ -267,30 +305,47 @@ def test_a_wait_in_the_first_step_leaves_nothing_that_cannot_be_resumed(clustere
             time.sleep(600)
         return read(self, position)
 
-    with mock.patch.object(ddm.process.Stop, "GRACE", 0.1), mock.patch("data.TarDataset.__getitem__", stuck):
+    with (
+        mock.patch.object(ddm.process.Stop, "GRACE", 0.1),
+        mock.patch("data.TarDataset.__getitem__", stuck),
+    ):
         done = train(run, 6, "--train.micro_batch", 4)
     assert signalled and done.returncode == 128 + signal.SIGTERM and checkpoints(run) == []
     assert train(run, 6, "--train.micro_batch", 4).returncode == 0
     again = copy(clustered, tmp_path / "again")
     assert train(again, 6, "--train.micro_batch", 4).returncode == 0
-    assert (run / "experts" / "0.safetensors").read_bytes() == (again / "experts" / "0.safetensors").read_bytes()
+    assert (run / "experts" / "0.safetensors").read_bytes() == (
+        again / "experts" / "0.safetensors"
+    ).read_bytes()
 
 
 def test_shared_memory_is_compared_with_what_will_be_put_there(monkeypatch):
     """By hand: a batch of 8 pictures of 4 x 4 and as much noise, each tensor in pages of 4096 bytes; 2 processes of 4 batches, and one in use, of 3 ranks."""
-    item = {"x": torch.zeros(4, 4, 3, dtype=torch.uint8), "eps": torch.zeros(3, 64, 64), "c": torch.zeros(0), "k": 0, "u": 0.5, "drop": 0.5, "bad": []}
-    batch = 4096 + 8 * 3 * 64 * 64 * 4 + 3 * 4096     # x, eps; u, drop and k
+    item = {
+        "x": torch.zeros(4, 4, 3, dtype=torch.uint8),
+        "eps": torch.zeros(3, 64, 64),
+        "c": torch.zeros(0),
+        "k": 0,
+        "u": 0.5,
+        "drop": 0.5,
+        "bad": [],
+    }
+    batch = 4096 + 8 * 3 * 64 * 64 * 4 + 3 * 4096  # x, eps; u, drop and k
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     need = batch * (4 * 2 + 1) * 3
     with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=need)):
         loading.check_shared_memory([item], 0, 8, 2)
     with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=need - 1)):
-        with pytest.raises(UserError, match=r"/dev/shm has .* MB free, and 2 decoding processes a rank put up to .* MB there: .*--shm-size"):
+        with pytest.raises(
+            UserError,
+            match=r"/dev/shm has .* MB free, and 2 decoding processes a rank put up to .* MB there: .*--shm-size",
+        ):
             loading.check_shared_memory([item], 0, 8, 2)
         loading.check_shared_memory([item], 0, 8, 0)
 
 
 # ---- gradients that are not finite --------------------------------------------------------------------------------------
+
 
 def ruined_from(step):
     """flow.expert_loss that ruins the weights of an optimiser step's model: all losses from `step` on are not finite, whatever the data."""
@@ -309,11 +364,14 @@ def test_nothing_is_saved_while_steps_are_skipped_and_the_last_good_is_resumed(c
         line = error_of(train(run, 40, "--train.save_every", 2, "--train.max_nonfinite", 5))
     assert checkpoints(run) == ["step-00000002", "step-00000004"]
     assert "step-00000004: the same command resumes there" in line and "--train.lr" in line
-    with ruined_from(2):        # the weights of step 5 are the ruined ones, and they were saved
+    with ruined_from(2):  # the weights of step 5 are the ruined ones, and they were saved
         assert train(run, 5, "--train.save_every", 5).returncode == 0
     with ruined_from(1):
         line = error_of(train(run, 40, "--train.save_every", 5, "--train.max_nonfinite", 5))
-    assert "step-00000004: the same command resumes there" in line and "step-00000005, of later steps, are set aside" in line
+    assert (
+        "step-00000004: the same command resumes there" in line
+        and "step-00000005, of later steps, are set aside" in line
+    )
     assert checkpoints(run) == ["step-00000004", "step-00000005.not-finite"]
     done = train(run, 8)
     assert done.returncode == 0 and "resumed at step 4" in done.stdout
@@ -323,7 +381,9 @@ def test_a_training_whose_last_steps_are_skipped_is_not_finished(clustered, tmp_
     run = copy(clustered, tmp_path)
     with ruined_from(7):
         line = error_of(train(run, 8))
-    assert "2 steps in a row before step 9 are not finite" in line and checkpoints(run) == ["step-00000004"]
+    assert "2 steps in a row before step 9 are not finite" in line and checkpoints(run) == [
+        "step-00000004"
+    ]
     assert (run / "checkpoints" / "expert-0" / "status").read_text() == "failed 4\n"
 
 
@@ -331,7 +391,11 @@ def test_a_skipped_last_step_says_nothing_against_the_weights_before(clustered, 
     run = copy(clustered, tmp_path)
     with ruined_from(6):
         line = error_of(train(run, 6, "--train.save_every", 5))
-    assert checkpoints(run) == ["step-00000005"] and "step-00000005: the same command resumes there" in line and "--train.steps 5" in line
+    assert (
+        checkpoints(run) == ["step-00000005"]
+        and "step-00000005: the same command resumes there" in line
+        and "--train.steps 5" in line
+    )
 
 
 def test_a_row_of_skipped_steps_counts_once(clustered, tmp_path):
@@ -360,23 +424,36 @@ def test_an_isolated_skipped_step_only_delays_the_checkpoint(clustered, tmp_path
     assert checkpoints(run) == ["step-00000005", "step-00000006"]
 
 
-@pytest.mark.parametrize("losses, good", [
-    ([1.0, 0.9, 0.8, 0.7], 3),          # 1, 2, 3, 4: well to the end, but with the weights of step 4 all that followed was not finite
-    ([1.0, 0.9, 5.0, 90.0], 2),         # the loss had risen since
-    ([1.0, float("nan"), 0.5, 0.6], 3),
-    ([], 3)])
+@pytest.mark.parametrize(
+    "losses, good",
+    [
+        (
+            [1.0, 0.9, 0.8, 0.7],
+            3,
+        ),  # 1, 2, 3, 4: well to the end, but with the weights of step 4 all that followed was not finite
+        ([1.0, 0.9, 5.0, 90.0], 2),  # the loss had risen since
+        ([1.0, float("nan"), 0.5, 0.6], 3),
+        ([], 3),
+    ],
+)
 def test_the_last_good_step_is_from_before_the_loss_rose(losses, good):
-    rows = [{"step": str(i), "loss": f"{loss:.6f}"} for i, loss in enumerate(losses, 1)] + [{"step": "5", "loss": "nan"}]
+    rows = [{"step": str(i), "loss": f"{loss:.6f}"} for i, loss in enumerate(losses, 1)] + [
+        {"step": "5", "loss": "nan"}
+    ]
     assert checkpoint.last_good_step(rows, before=5) == good
 
 
 # ---- the marker -----------------------------------------------------------------------------------------------------
 
+
 def test_a_failure_is_not_marked_over_by_a_checkpoint_on_its_way(tmp_path):
     folder = str(tmp_path)
     ddm.run.mark(folder, ddm.run.UNFINISHED, 3, begins=True)
     ddm.run.mark(folder, ddm.run.FAILED)
-    threads = [threading.Thread(target=ddm.run.mark, args=(folder, ddm.run.UNFINISHED, step)) for step in range(20)]
+    threads = [
+        threading.Thread(target=ddm.run.mark, args=(folder, ddm.run.UNFINISHED, step))
+        for step in range(20)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -388,13 +465,18 @@ def test_a_failure_is_not_marked_over_by_a_checkpoint_on_its_way(tmp_path):
 
 # ---- devices --------------------------------------------------------------------------------------------------------
 
+
 def test_the_first_line_names_the_devices(clustered, tmp_path):
-    assert inside("train_expert.py", "--run-dir", copy(clustered, tmp_path), *FLAGS, "--train.steps", 1).stdout.startswith("device: 1 x cpu (")
+    assert inside(
+        "train_expert.py", "--run-dir", copy(clustered, tmp_path), *FLAGS, "--train.steps", 1
+    ).stdout.startswith("device: 1 x cpu (")
 
 
 def test_one_gpu_for_all_ranks_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="--device cuda:1: under torchrun each rank has a GPU of its own"):
+    with pytest.raises(
+        UserError, match="--device cuda:1: under torchrun each rank has a GPU of its own"
+    ):
         ddm.process.start("cuda:1")
 
 
@@ -403,33 +485,60 @@ def test_a_gpu_that_cannot_be_used_is_a_warning(monkeypatch, capsys):
     with mock.patch("glob.glob", return_value=["/proc/driver/nvidia/gpus/0"]):
         ddm.process.start()
         assert "warning: this machine has a GPU that cannot be used" in capsys.readouterr().err
-        ddm.process.start("cpu")         # as asked
+        ddm.process.start("cpu")  # as asked
         assert not capsys.readouterr().err
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")      # hidden on purpose
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
         ddm.process.start()
         assert not capsys.readouterr().err
 
 
 # ---- a config that a later stage refuses ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, said", [
-    (["--train.batch", 25], "train.batch = 25"),
-    (["--sample.strategy", "top-4"], "'top-4': there are cluster.experts = 3 experts"),
-    (["--sample.strategy", "oracle-3"], "the number is at most 2"),
-    (["--sample.strategy", "best"], "strategy 'best' is not one of"),
-    (["--sample.cfg_low", 0.9, "--sample.cfg_high", 0.1], "cfg_low 0.9"),
-    (["--train.student.micro_batch", 5], "train.student.micro_batch = 5"),
-    (["--router.preset", "MMDiT-tiny/2"], "an MMDiT is a denoiser"),
-    (["--model.patch", 3], "not a multiple of the patch 3")])
-def test_a_config_that_a_later_stage_refuses_is_refused_by_the_first(tars, config, tmp_path, flags, said):
-    done = inside("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "run", "--config", config, *flags)
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--train.batch", 25], "train.batch = 25"),
+        (["--sample.strategy", "top-4"], "'top-4': there are cluster.experts = 3 experts"),
+        (["--sample.strategy", "oracle-3"], "the number is at most 2"),
+        (["--sample.strategy", "best"], "strategy 'best' is not one of"),
+        (["--sample.cfg_low", 0.9, "--sample.cfg_high", 0.1], "cfg_low 0.9"),
+        (["--train.student.micro_batch", 5], "train.student.micro_batch = 5"),
+        (["--router.preset", "MMDiT-tiny/2"], "an MMDiT is a denoiser"),
+        (["--model.patch", 3], "not a multiple of the patch 3"),
+    ],
+)
+def test_a_config_that_a_later_stage_refuses_is_refused_by_the_first(
+    tars, config, tmp_path, flags, said
+):
+    done = inside(
+        "cluster.py",
+        "--data",
+        tars / "*.tar",
+        "--run-dir",
+        tmp_path / "run",
+        "--config",
+        config,
+        *flags,
+    )
     assert said in error_of(done) and not (tmp_path / "run" / "config.toml").exists()
 
 
 # ---- what the file system refuses -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "make room"), (errno.EROFS, "read-only"), (errno.EACCES, "right"), (errno.ENOTDIR, "is a file"),
-                                            (errno.ENAMETOOLONG, "shorter"), (errno.EMFILE, "ulimit -n"), (errno.EIO, "again when it works")])
+
+@pytest.mark.parametrize(
+    "number, remedy",
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "right"),
+        (errno.ENOTDIR, "is a file"),
+        (errno.ENAMETOOLONG, "shorter"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EIO, "again when it works"),
+    ],
+)
 def test_an_error_of_the_file_system_is_one_line_with_its_remedy(number, remedy, capsys):
     def main():
         raise OSError(number, os.strerror(number), "some/path")
@@ -437,7 +546,12 @@ def test_an_error_of_the_file_system_is_one_line_with_its_remedy(number, remedy,
     with pytest.raises(SystemExit) as end:
         errors.script(main)
     line = capsys.readouterr().err
-    assert end.value.code == 2 and line.startswith("error: some/path: ") and remedy in line and line.count("\n") == 1
+    assert (
+        end.value.code == 2
+        and line.startswith("error: some/path: ")
+        and remedy in line
+        and line.count("\n") == 1
+    )
 
 
 def test_what_is_written_names_the_place_that_was_meant(tmp_path):
@@ -464,11 +578,14 @@ def test_places_of_output_are_tried_before_the_work(clustered, tmp_path):
 
 # ---- text files -----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_a_text_file_is_read_whatever_editor_wrote_it(tmp_path, encoding):
     path = tmp_path / "config.toml"
     path.write_bytes('[text]\r\nname = "café"\r\n'.encode(encoding))
-    assert ddm.files.read_text(path) == '[text]\nname = "café"\n' and ddm.config.read_toml(path) == {"text.name": "café"}
+    assert ddm.files.read_text(path) == '[text]\nname = "café"\n' and ddm.config.read_toml(
+        path
+    ) == {"text.name": "café"}
 
 
 @pytest.mark.parametrize("payload", ["café".encode("latin-1"), "text".encode("utf-16-le")])
@@ -478,14 +595,29 @@ def test_a_text_file_in_another_encoding_is_refused(tmp_path, payload):
         ddm.files.read_text(tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_a_config_survives_any_locale(tmp_path):
     code = f"import sys; sys.path.insert(0, {ROOT!r}); import ddm.config; ddm.config.write_toml(ddm.config.make_config({{'text.name': 'caf\\xe9'}}), 'x.toml'); print(ddm.config.read_toml('x.toml')['text.name'] == 'caf\\xe9')"
-    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=ENVIRONMENT | {"LC_ALL": "en_US.ISO-8859-1", "PYTHONCOERCECLOCALE": "0"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", code],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"LC_ALL": "en_US.ISO-8859-1", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "True\n", done.stderr
 
 
-@pytest.mark.parametrize("value, said", [(3, "it is no table"), ({}, "tars is missing"), ({"tars": []}, "tars is no table"),
-                                         ({"tars": {"a": {"n": "4"}}}, "tars.a.n = '4' is no int"), ({"tars": {"a": {"n": True}}}, "is no int")])
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        (3, "it is no table"),
+        ({}, "tars is missing"),
+        ({"tars": []}, "tars is no table"),
+        ({"tars": {"a": {"n": "4"}}}, "tars.a.n = '4' is no int"),
+        ({"tars": {"a": {"n": True}}}, "is no int"),
+    ],
+)
 def test_json_of_the_wrong_shape_says_where(tmp_path, value, said):
     (tmp_path / "x.json").write_text(json.dumps(value))
     with pytest.raises(ValueError, match=said):
@@ -494,13 +626,19 @@ def test_json_of_the_wrong_shape_says_where(tmp_path, value, said):
 
 # ---- torchrun, as a user types it -----------------------------------------------------------------
 
+
 @pytest.mark.parametrize("flags", [[], ["--run-dir", "runs/ddm"]])
 def test_torchrun_takes_no_flag_of_ours_for_its_own(clustered, tmp_path, flags):
     """torchrun --nproc_per_node=2 train_expert.py --shard 0, in a folder with runs/ddm."""
     shutil.copytree(clustered, tmp_path / "runs" / "ddm")
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     script = os.path.join(ROOT, "train_expert.py")
-    done = subprocess.run([*torchrun, "--nproc_per_node=2", script, "--shard", "0", *flags],
-                          cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*torchrun, "--nproc_per_node=2", script, "--shard", "0", *flags],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "ddm" / "experts" / "0.safetensors").exists()
