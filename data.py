@@ -510,7 +510,7 @@ class TarDataset(torch.utils.data.Dataset):
             try:
                 return *self.sample(number), bad
             except BadSample as error:
-                tar, _ = self._locate(number)
+                tar, _ = self.locate(number)
                 name = self.name(number) or f"sample {number}"
                 bad.append((self.tars[tar], name, str(error)))
             number = mix(self.seed, position, len(bad)) % len(self)
@@ -547,7 +547,7 @@ class TarDataset(torch.utils.data.Dataset):
 
         BadSample if the headers before them are not those that were indexed.
         """
-        tar, (*places, indexed) = self._locate(number)
+        tar, (*places, indexed) = self.locate(number)
         members = {}
         crcs = []
         for role, offset, size in zip(ROLES, places[0::2], places[1::2], strict=True):
@@ -568,7 +568,7 @@ class TarDataset(torch.utils.data.Dataset):
 
     def name(self, number):
         """The name of sample `number` in its tar, for reports; empty if it cannot be read."""
-        tar, row = self._locate(number)
+        tar, row = self.locate(number)
         offsets = [offset for offset in row[:-1:2] if offset >= BLOCK]
         if not offsets:
             return ""
@@ -577,7 +577,7 @@ class TarDataset(torch.utils.data.Dataset):
         except BadSample:
             return ""
 
-    def _locate(self, number):
+    def locate(self, number):
         """Number of a sample -> (number of its tar, its row of the index as a list)."""
         tar = bisect.bisect_right(self.starts, number) - 1
         return tar, self.index[tar][number - self.starts[tar]].tolist()
