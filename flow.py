@@ -11,6 +11,7 @@ predict eps or x_0: predict_velocity translates.
 Shapes: x_0, x_t, eps, v are [B,C,H,W] (any trailing shape will do), t is [B], router probabilities
 p and weights are [B,K].
 """
+import itertools
 import re
 
 import torch
@@ -358,11 +359,10 @@ def integrate(velocity, x: Tensor, times: Tensor, solver="euler"):
     ab2: second order with one forward a step, from the last two velocities (Adams-Bashforth; the
     first step is Euler's).
     """
-    times = times.tolist()
     v_before = None
     h_before = None
 
-    for now, then in zip(times[:-1], times[1:]):
+    for now, then in itertools.pairwise(times.tolist()):
         h = then - now
         v = velocity(x, now)
 
