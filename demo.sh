@@ -44,7 +44,7 @@ demo() {
 
     # Look inside: what is predicted along the path, and what the router says. The prompt names no
     # colour, so it is the noise that decides, and the router follows.
-    python sample.py --run-dir $RUN --prompt "a circle" --strategy full --show-routing \
+    python sample.py --run-dir $RUN --prompt "a circle" --seed 12 --strategy full --show-routing \
         --out $RUN/samples/routing
 
     # 5. Does each image show what its prompt says? Colour and shape are told by a program that
