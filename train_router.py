@@ -132,9 +132,8 @@ def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log
             engine.update_ema(train.ema_decay)
             log.step(norm, lr, batches)
 
-            saving = saving or stopping or engine.is_due(train.save_every)
-            if saving or engine.is_due(train.log_every) or engine.is_due(train.max_nonfinite):
-                check_finite(engine, checkpoints, log, batches)
+            saving |= stopping or engine.is_due(train.save_every)
+            check_finite(engine, checkpoints, log, batches, saving)
             if engine.is_due(train.log_every):
                 log.row()
             # after a skipped step nothing is saved, the weights may be ruined: after the next one

@@ -346,12 +346,17 @@ def last_good_step(rows, before):
     return good
 
 
-def check_finite(engine, checkpoints, log, batches):
-    """Says which steps were skipped since the last look; a collective.
+def check_finite(engine, checkpoints, log, batches, saving):
+    """Says which steps were skipped, when a checkpoint or a row of the log is due; a collective.
 
     UserError after train.max_nonfinite in a row, or at the end: checkpoints of ruined weights are
-    set aside first. batches: knows the samples of the last step, and their losses.
+    set aside first. batches: knows the samples of the last step, and their losses. In the steps
+    between nobody waits for the device.
     """
+    train = engine.train
+    if not (saving or engine.is_due(train.log_every) or engine.is_due(train.max_nonfinite)):
+        return
+
     in_a_row, total, longest = map(int, engine.nonfinite.tolist())
     # of what has not been looked at yet
     engine.nonfinite[2] = 0
@@ -360,21 +365,14 @@ def check_finite(engine, checkpoints, log, batches):
         print(f"warning: {engine.name}: {total - log.reported} steps up to {engine.step} had a "
               f"gradient that is not finite and were skipped", file=sys.stderr, flush=True)
     log.reported = total
-    too_many = longest >= engine.train.max_nonfinite
-    at_the_end = in_a_row and engine.step == engine.train.steps
+    too_many = longest >= train.max_nonfinite
+    at_the_end = in_a_row and engine.step == train.steps
     if not too_many and not at_the_end:
         return
 
     # a checkpoint on its way would be cut short
     checkpoints.finish_saving()
-    found = []
-    if in_a_row:
-        for of_rank in gather(batches.nonfinite()):
-            found += of_rank
-    where = (f"the last step had positions {(engine.step - 1) * engine.batch} to "
-             f"{engine.step * engine.batch - 1}")
-    if found:
-        where = (f"in the last one the losses of {len(found)} samples: {', '.join(found[:5])}")
+    where = _nonfinite_samples(engine, batches, in_a_row)
 
     # a few skipped steps at the very end say nothing against the weights before them
     after = engine.step
@@ -387,6 +385,18 @@ def check_finite(engine, checkpoints, log, batches):
     raise UserError(f"{engine.name}: the gradients of {max(in_a_row, longest)} steps in a row "
                     f"before step {engine.step + 1} are not finite; {where}. {remedy}. Give it a "
                     f"lower --train.lr, or --train.precision fp32{or_end}")
+
+
+def _nonfinite_samples(engine, batches, in_a_row):
+    """The samples of the last step whose losses are not finite, in words; a collective."""
+    found = []
+    if in_a_row:
+        for of_rank in gather(batches.nonfinite()):
+            found += of_rank
+    if found:
+        return f"in the last one the losses of {len(found)} samples: {', '.join(found[:5])}"
+    first = (engine.step - 1) * engine.batch
+    return f"the last step had positions {first} to {first + engine.batch - 1}"
 
 
 def _set_aside(checkpoints, after):

@@ -52,40 +52,53 @@ def open_shards(run_dir, shards, config, train, ranks, clusters, *, labelled=Fal
     cache = None
     if config.data.use_latents and config.autoencoder.name:
         cache = read_cache(run_dir, shards, config, clusters)
-    has_tokens = bool(cache and cache["text"]["name"])
     if cache:
         _take_precision(space, cache)
 
-    part = "latents" if cache else "shards"
-    folders = [os.path.join(run_dir, part, k) for k in shards]
+    folders = [os.path.join(run_dir, "latents" if cache else "shards", k) for k in shards]
     tars = find_shard_tars(folders, config, cache)
     check_shards(run_dir, shards, clusters, ranks, cached=bool(cache), verify=verify)
     if ranks.rank == 0:
-        announce_cache(config, space, folders, cache, has_tokens)
+        announce_cache(config, space, folders, cache)
+    index_all(tars, ranks)
 
-    # the ranks share the work of the first time
-    every = [path for paths in tars for path in paths]
+    # one stream of samples for each shard, or one for all
+    parts = dict(zip(folders, tars, strict=True))
+    if not apart:
+        parts = {", ".join(folders): sorted(sum(tars, []))}
+    data = []
+    for i, (folder, paths) in enumerate(parts.items()):
+        seed = mix(train.seed, i) if apart else train.seed
+        data.append(_dataset(paths, config, space, cache, seed, labelled))
+        if not len(data[-1]):
+            raise UserError(f"no samples in {folder}")
+    if not cache:
+        check_samples(data)
+
+    load_networks(space, cache)
+    return (data if apart else data[0]), space
+
+
+def index_all(tars, ranks):
+    """Indexes the tars of all folders; the ranks share the work of the first time."""
+    every = sum(tars, [])
     for path in every[ranks.rank::ranks.world]:
         index_tar(path)
     barrier()
 
-    parts = tars if apart else [sorted(every)]
-    data = []
-    for i, paths in enumerate(parts):
-        seed = mix(train.seed, i) if apart else train.seed
-        data.append(_dataset(paths, config, space, cache, seed, labelled))
-    if not cache:
-        check_samples(data)
-    for folder, part in zip(folders if apart else [", ".join(folders)], data, strict=True):
-        if not len(part):
-            raise UserError(f"no samples in {folder}")
 
-    # loaded now, not in the midst of the first step
+def load_networks(space, cache):
+    """Loads the frozen networks whose work is not cached: now, not in the midst of the first step.
+    """
     if not cache:
         space.network("autoencoder")
-    if not has_tokens:
+    if not has_tokens(cache):
         space.network("text")
-    return (data if apart else data[0]), space
+
+
+def has_tokens(cache):
+    """Whether a cache holds the captions' token features as well."""
+    return cache is not None and bool(cache["text"]["name"])
 
 
 def _take_precision(space, cache):
@@ -127,13 +140,13 @@ def check_shards(run_dir, shards, clusters, ranks, *, cached, verify):
             check_shard(folder, clusters["fingerprint"], ranks, verify)
 
 
-def announce_cache(config, space, folders, cache, has_tokens):
+def announce_cache(config, space, folders, cache):
     """Says which of the frozen networks' work is done already."""
     if config.autoencoder.name and cache:
         print(f"latents cached in {', '.join(folders)}")
     elif config.autoencoder.name:
         print("latents not cached: images are encoded at each step (cache_latents.py caches them)")
-    if space.text_dim and not has_tokens:
+    if space.text_dim and not has_tokens(cache):
         print("token features not cached: captions are encoded at each step "
               "(cache_latents.py --captions caches them)")
 
@@ -147,9 +160,7 @@ def _dataset(tars, config, space, cache, seed, labelled):
         encode = None
         if not space.text_dim:
             encode = functools.partial(hash_words, length=text.length, vocab=text.vocab)
-    tokens = None
-    if cache and cache["text"]["name"]:
-        tokens = (text.length, space.text_dim)
+    tokens = (text.length, space.text_dim) if has_tokens(cache) else None
     return TarDataset(
         tars,
         config.data.size,
