@@ -24,8 +24,8 @@ ones by k-means again, each image to the nearest coarse centroid.
 Run again, it resumes where it stopped, and reads again what has changed. What has been clustered
 must not change (ddm/partition.py). Data and seed determine the partition, whatever the ranks.
 Memory is bounded by the k-means sample (256 images a fine centroid), the router's subset (a number
-each) and one tar's features. With [features] name = "pixels" no network is needed, and --device
-does not matter; ddm/encoders.py has them.
+each) and one tar's features. The features' network is one of ddm/encoders.py; with [features] name
+= "pixels" none is needed, and --device does not matter.
 """
 import contextlib
 import functools
@@ -179,7 +179,7 @@ def check_balance(settings):
 
 
 def open_network(partition, config, device):
-    """The Extractor of the features. UserError if the run was clustered by another one."""
+    """What makes the features (ImageFeatures). UserError if the run was clustered by another."""
     network = extractor(config.features, device)
     if partition.clustering is None:
         return network
@@ -387,7 +387,7 @@ def balance(clusters, sizes, share):
 
 def fingerprint(clusters, config, info):
     """Names a clustering: whatever is trained on its shards carries this. Counts are left out, they
-    grow when data is added. info: the Extractor's.
+    grow when data is added. info: the network's.
     """
     rule = [config.cluster.assign, config.cluster.seed, encoders.identity(info)]
     digest = hashlib.sha256(json.dumps(rule, sort_keys=True).encode())
@@ -412,8 +412,8 @@ def load_clusters(partition, config, network):
 def describe_clusters(clusters, partition, *, config, network, inputs, networks):
     """What clusters.safetensors is to say of itself, but for the number of tars.
 
-    network: the Extractor; inputs: names the data; networks: those that the later stages may use.
-    What an earlier call has said of the latter two holds.
+    network: its ImageFeatures; inputs: names the data; networks: those of the later stages, which
+    may use no others. What an earlier call has said of the latter two holds.
     """
     earlier = partition.clustering or {"inputs": inputs, "networks": networks}
     return {

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from data import TarDataset, check_condition, decode, mix, permute, square, to_tensor
 from ddm import encoders
 from ddm.artifacts import write_tensors
+from ddm.encoders import ImageFeatures
 from ddm.errors import UserError
 from ddm.metrics import Statistics
 from ddm.process import barrier, cores, gather, local_world, progress, sum_over_ranks
@@ -34,19 +35,8 @@ KEPT = 10_000
 
 # ---- features and clusters -----------------------------------------------------------------------
 
-class Extractor(NamedTuple):
-    """What makes feature vectors of images, in two steps."""
-
-    # PIL image -> what `features` wants of it; may run beside the decoding of others
-    prepare: Callable
-    # list of what `prepare` gave -> [n,D] float32
-    features: Callable
-    # names the network and its preprocessing
-    info: dict
-
-
 def extractor(settings, device):
-    """The Extractor of [features] of a config. UserError where its network cannot be loaded."""
+    """The ImageFeatures of [features] of a config. UserError where its network cannot be loaded."""
     if settings.name == "pixels":
         prepare = pixel_features
         features = stack_pixel_features
@@ -59,7 +49,7 @@ def extractor(settings, device):
         factor = max(1, min(image.size) // 256)
         return prepare(image.reduce(factor))
 
-    return Extractor(prepare_small, features, info)
+    return ImageFeatures(prepare_small, features, info)
 
 
 def pixel_features(image):
@@ -121,7 +111,7 @@ DISTANCES = {
 
 @dataclass
 class DistanceSpace:
-    """The feature space of a Frechet distance; the rest as in Extractor."""
+    """The feature space of a Frechet distance; the rest as in ImageFeatures."""
 
     # the distance as results name it
     name: str
@@ -157,7 +147,7 @@ def _in_precision(settings, precision):
 class ClusterSpace:
     """What says which cluster of a run an image is in."""
 
-    extractor: Extractor
+    extractor: ImageFeatures
     # the tensors of clusters.safetensors, and its fingerprint
     clusters: dict
     fingerprint: str
