@@ -49,11 +49,7 @@ def open_shards(run_dir, shards, config, train, ranks, clusters, *, labelled=Fal
     """
     origin = os.path.join(run_dir, "clusters.safetensors")
     space = Space(config, ranks.device, clusters.get("networks"), origin)
-    cache = None
-    if config.data.use_latents and config.autoencoder.name:
-        cache = read_cache(run_dir, shards, config, clusters)
-    if cache:
-        _take_precision(space, cache)
+    cache = open_cache(run_dir, shards, config, clusters, space)
 
     folders = [os.path.join(run_dir, "latents" if cache else "shards", k) for k in shards]
     tars = find_shard_tars(folders, config, cache)
@@ -101,14 +97,23 @@ def has_tokens(cache):
     return cache is not None and bool(cache["text"]["name"])
 
 
-def _take_precision(space, cache):
-    """What is cached was made in the cache's precision."""
+def open_cache(run_dir, shards, config, clusters, space):
+    """What is known of the cached latents of all these shards; None without them.
+
+    What is cached was made in the cache's precision: `space` says so from now on.
+    """
+    if not (config.data.use_latents and config.autoencoder.name):
+        return None
+    cache = read_cache(run_dir, shards, config, clusters)
+    if cache is None:
+        return None
     for role in ("autoencoder", "text"):
         made = cache[role]
         if made["name"]:
             info = space.info[role]
             precision = made.get("precision", info.get("precision"))
             space.info[role] = info | {"precision": precision}
+    return cache
 
 
 def find_shard_tars(folders, config, cache):
