@@ -52,20 +52,17 @@ from ddm.features import assign, extractor, nearest
 from ddm.files import atomic
 from ddm.lock import alone
 from ddm.partition import (
-    Left,
-    Tar,
-    any_mended,
+    NewFeatures,
     check_call,
     check_sources,
-    checksum,
     choose_config,
-    describe_skipped,
     existing_shards,
     forget_shards,
+    has_features,
+    list_tars,
     name_given,
     prepare_folders,
     read_at,
-    read_current,
     read_metadata,
     read_partition,
     read_sample,
@@ -76,15 +73,19 @@ from ddm.process import barrier, broadcast, gather, on_rank_0, progress, start, 
 from ddm.skipped import check_skipped
 from ddm.tars import Source, TarWriter, check_unchanged, find_tars, read_source, scan_tar
 
-# images a fine centroid that k-means sees, as in faiss; and that it needs, as faiss says
+# images a fine centroid that k-means sees at most, and that it needs: faiss's own limits
 MOST_A_CENTROID = 256
 LEAST_A_CENTROID = 39
 
 # images whose features are computed together
 BATCH = 256
 
-# pixels a side that a JPEG is decoded at, at the least: no network sees more
+# a JPEG may be decoded at a fraction of its size, as long as its sides have this many pixels
 LEAST_SIDE = 256
+
+# images of a cluster in clusters.png, of this many pixels a side
+SHOWN = 12
+SHOWN_SIDE = 64
 
 
 def parser():
@@ -106,29 +107,28 @@ def parser():
 
 
 def main():
+    # parse and check: can the later stages work with this config? Found out now, not after hours
     args, given = parse(parser())
     unused = []
     tars = list_tars(find_tars(args.data, unused), args.run_dir)
     config = choose_config(args, given)
     check_balance(config.cluster)
-
-    # found out now, not after hours: can the later stages work with this config?
     space = Space(config)
     check_config(config, space)
     partition = read_partition(args.run_dir, config.cluster.experts)
     check_call(partition, tars, args.append)
 
     with alone(os.path.join(args.run_dir, "cluster.lock"), args.run_dir):
-        # a rank may have a much larger tar than the others
+        # open; a rank may have a much larger tar than the others, which wait for it
         ranks = start(args.device, timeout=timedelta(days=7))
         on_rank_0(functools.partial(prepare_folders, args.run_dir))
-        if not partition.clustering:
-            on_rank_0(space.name_weights)
         network = open_network(partition, config, ranks.device)
         if partition.clustering:
             check_sources(partition, tars, args.append, ranks)
+        else:
+            on_rank_0(space.name_weights)
 
-        # an --append that was interrupted resumes with the rest
+        # images -> features; an --append that was interrupted resumes with the rest
         new = partition.missing(tars) if args.append else tars
         extract_all(new, network, partition, config=config, append=args.append, ranks=ranks)
         described = [read_metadata(tar.features) for tar in new]
@@ -136,6 +136,7 @@ def main():
         counts = [about["images"] for about in described]
         inputs = name_given(partition, tars, dict(zip(new, described, strict=True)))
 
+        # features -> centroids, once for all
         if partition.clustering:
             clusters = load_clusters(partition, config, network)
         else:
@@ -150,10 +151,13 @@ def main():
                 write_clusters(partition, clusters, sizes, clustering | {"tars": len(tars)})
             barrier()
 
+        # centroids -> shards
         router = choose_for_router(partition, new, counts, config=config, append=args.append,
                                    inputs=inputs)
         entries = write_shards(new, counts, partition, clusters=clusters, router=router,
                                config=config, ranks=ranks)
+
+        # report
         if ranks.rank == 0:
             write_manifests(partition, clustering["fingerprint"], entries)
             if args.append:
@@ -162,14 +166,6 @@ def main():
 
 
 # ---- before the work -----------------------------------------------------------------------------
-
-def list_tars(paths, run_dir):
-    """{name: path} -> [Tar]."""
-    tars = []
-    for name, path in paths.items():
-        tars.append(Tar(name, path, os.path.join(run_dir, "features", f"{name}.safetensors")))
-    return tars
-
 
 def check_balance(settings):
     """UserError if [cluster] asks for a balance that cannot be."""
@@ -227,43 +223,33 @@ def extract(tar, network, config, *, look_again, bar):
         "condition": config.data.condition,
         "classes": config.data.classes,
     }
-    about = read_current(tar)
-    if about and about["identity"] == identity:
-        if not (look_again and any_mended(tar, about, config.data)):
-            return False
+    if has_features(tar, identity, look_again=look_again, settings=config.data):
+        return False
 
-    rows = []
-    features = []
+    made = NewFeatures(tar)
     images = []
-    skipped = []
-    left = Left(tar.path)
     with ThreadPoolExecutor(1) as beside:
         # the digest meanwhile: hashing lets go of the interpreter
         source = beside.submit(read_source, tar.path)
         for sample, _, _, image in usable(tar.path, network.prepare, LEAST_SIDE,
-                                          settings=config.data, bad=skipped, notes=left.notes):
+                                          settings=config.data, bad=made.skipped, notes=made.notes):
             if "cluster" in sample.members:
                 raise UserError(
                     f"{tar.path} says which cluster its samples are in: it is a shard of a run; "
                     f"--data takes the tars that a run is made of", local=True)
-            rows.append((sample.start, sample.end - sample.start, checksum(sample.key)))
-            left.look_at(sample)
+
+            made.add(sample)
             images.append(image)
             if len(images) == BATCH:
-                features.append(network.features(images))
+                made.features.append(network.features(images))
                 bar.update(len(images))
                 images = []
         source = source.result()
-    check_unchanged(tar.path, source)
-    features.append(network.features(images))
-    bar.update(len(images))
 
-    offsets, lengths, keys = np.array(rows, np.int64).reshape(-1, 3).T.copy()
-    tensors = {"features": np.concatenate(features).astype(np.float16), "offsets": offsets,
-               "lengths": lengths, "keys": keys}
-    about = {"identity": identity, "source": vars(source), "images": len(rows),
-             "skipped": describe_skipped(skipped), "left": left.describe()}
-    write_tensors(tar.features, tensors, about)
+    # the last batch, which may be empty: [0,D]
+    made.features.append(network.features(images))
+    bar.update(len(images))
+    made.write(identity, source)
     return True
 
 
@@ -299,6 +285,7 @@ def find_clusters(tars, counts, *, config, ranks):
             f"{settings.fine_clusters}, at most a {LEAST_A_CENTROID}th of the {total} usable "
             f"images): fewer --experts, or more data")
 
+    # the others wait, so that all have the same centroids to the bit
     clusters = None
     if ranks.rank == 0:
         points = choose_points(tars, counts, MOST_A_CENTROID * F, settings.seed)
@@ -312,6 +299,7 @@ def find_clusters(tars, counts, *, config, ranks):
     clusters = broadcast(clusters)
 
     if settings.balance:
+        # the fine clusters' sizes: each rank counts those of its tars
         sizes = np.zeros(F, np.int64)
         for tar in tars[ranks.rank::ranks.world]:
             labels = nearest(load_file(tar.features)["features"], clusters["fine_centroids"])
@@ -370,6 +358,7 @@ def balance(clusters, sizes, share):
         if not too_large.any():
             break
 
+        # to move an empty one would help nobody
         may_leave = too_large[home] & (sizes > 0)                       # [F]
         has_room = held[None] + sizes[:, None] <= most                  # [F,K]
         allowed = may_leave[:, None] & has_room
@@ -379,7 +368,8 @@ def balance(clusters, sizes, share):
                 f"{held.max() / total:.1%} of the images in fine clusters that fit nowhere else. "
                 f"Allow more, or give cluster.fine_clusters more than {F}")
 
-        added = distance - of_home[:, None]                             # per image
+        # what an image's squared distance grows by
+        added = distance - of_home[:, None]                             # [F,K]
         f, k = np.unravel_index(np.where(allowed, added, np.inf).argmin(), added.shape)
         home[f] = k
         of_home = distance[np.arange(F), home]
@@ -467,6 +457,7 @@ def choose_for_router(partition, tars, counts, *, config, append, inputs):
     if not append:
         return subset(total, config.cluster.router_images, config.cluster.seed, 2)
 
+    # an interrupted --append may have written some of these tars' shards
     *sizes, in_router = partition.sizes(without={tar.name for tar in tars})
     size = round(total * in_router / sum(sizes))
     return subset(total, size, config.cluster.seed, 2, int(inputs, 16))
@@ -483,9 +474,10 @@ def write_shards(tars, counts, partition, *, clusters, router, config, ranks):
     for tar, for_router in progress(work[ranks.rank::ranks.world], desc="partition, tars"):
         entries[tar.name] = split_tar(tar, partition, clusters=clusters,
                                       for_router=for_router, config=config)
+
     every = {}
-    for part in gather(entries):
-        every |= part
+    for of_rank in gather(entries):
+        every |= of_rank
     return every
 
 
@@ -496,6 +488,7 @@ def split_tar(tar, partition, *, clusters, for_router, config):
     -> what the manifest of each folder is to say of its part of the tar. UserError if the tar is
     not the one that the features were made of.
     """
+    # an interrupted call may have made them
     source = Source(**read_metadata(tar.features)["source"])
     entries = existing_shards(partition, tar, source)
     if entries:
@@ -505,6 +498,7 @@ def split_tar(tar, partition, *, clusters, for_router, config):
     labels = assign(table["features"], tar.name, clusters, config).tolist()
     columns = [table[name].tolist() for name in ("offsets", "lengths", "keys")]
     for_router = set(for_router.tolist())
+
     check_unchanged(tar.path, source)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(tar.path, "rb"))
@@ -517,6 +511,7 @@ def split_tar(tar, partition, *, clusters, for_router, config):
         for i, (offset, length, check, k) in enumerate(zip(*columns, labels, strict=True)):
             key, blocks = read_sample(file, tar, offset=offset, length=length, check=check)
             writers[k].add_raw(blocks)
+            # the last is the router's, which learns to tell k
             if i in for_router:
                 writers[-1].add_raw(blocks)
                 writers[-1].add(f"{key}.cluster", str(k).encode())
@@ -556,28 +551,31 @@ def report(partition, mark):
 
 
 def contact_sheet(partition, sizes):
-    """RUN/clusters.png: twelve images of each cluster, from as many of its tars as there are."""
+    """RUN/clusters.png: some images of each cluster, from as many of its tars as there are."""
     rows = []
     captions = []
     for k, n in enumerate(sizes):
-        rows.append(first_images(partition.folders[k], 12))
+        rows.append(first_images(partition.folders[k], SHOWN))
         captions.append(f"{k}: {n:,} ({n / sum(sizes):.1%})")
     with atomic(os.path.join(partition.run_dir, "clusters.png")) as temporary:
         picture_grid(rows, captions).save(temporary, "PNG")
 
 
 def first_images(folder, count):
-    """The first images of the tars of a folder, `count` in all, [64,64,3] uint8 each."""
+    """The first images of the tars of a folder, `count` in all, [S,S,3] uint8 each."""
     tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
-    # that much is an empty one
+    # an empty one has two blocks
     tars = [path for path in tars if os.path.getsize(path) > 1024]
 
     images = []
     for path in tars[::max(1, len(tars) // count)]:
         with open(path, "rb") as file:
-            for sample in itertools.islice(scan_tar(path), -(-count // len(tars))):
+            # rounded up
+            of_tar = -(-count // len(tars))
+            for sample in itertools.islice(scan_tar(path), of_tar):
                 offset, size = sample.members["image"]
-                images.append(square(decode(read_at(file, offset, size), 64), 64))
+                image = decode(read_at(file, offset, size), SHOWN_SIDE)
+                images.append(square(image, SHOWN_SIDE))
     return images[:count]
 
 

@@ -20,7 +20,8 @@ sys.path.insert(0, ROOT)
 import flow
 from ddm.config import make_config
 from ddm.tars import TarWriter
-from data import draw_shape, to_uint8
+from data import to_uint8
+from tools.shapes import draw_shape
 from ddm.ensemble import Ensemble, beginnings
 from ddm import features
 

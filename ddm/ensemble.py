@@ -1,12 +1,16 @@
 """The experts and the router of a run as one velocity function: eqs. 7-8 of the paper, from files.
 
-    team = Ensemble("runs/demo", device)                        # or only="monolith", only="student": one dense model
+    # or only="monolith", only="student": one dense model
+    team = Ensemble("runs/demo", device)
     settings = make_config({"sample.strategy": "top-2"}).sample
-    velocity = team.velocity(settings, c)                       # c: the condition [B,...] or None
+    # c: the condition [B,...] or None
+    velocity = team.velocity(settings, c)
     *_, x_0 = flow.integrate(velocity, eps, flow.time_grid(50))
-    velocity.used, team.forwards, team.flops()                  # who drew what, and what it cost
+    # which experts made which image, and what it cost
+    velocity.used, team.forwards, team.flops()
 
-A batch is grouped by expert: each runs once, on the samples that chose it, both branches of guidance together.
+A batch is grouped by expert: each runs once, on the samples that chose it, both branches of
+guidance together.
 """
 import collections
 import copy
@@ -15,305 +19,486 @@ import glob
 import os
 import re
 import sys
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import flow
-import model as models
 from ddm import artifacts, encoders, plan
 from ddm.codec import Space
-from ddm.config import check_strategy, choices, make_config
+from ddm.config import Sample, check_strategy, choices, make_config
 from ddm.errors import UserError
 from ddm.files import check_shape
 from ddm.run import NETWORK
-
-
-
-def _must_agree(info):
-    """What all models that are used together must have in common. Size, objective and path are each expert's own."""
-    model = info["model"]
-    shape = {key: repr(model[key]) for key in ("size", "channels", "condition", "classes", "vocab", "text_dim", "length")}
-    return {"clustering (fingerprint)": repr(info["fingerprint"]), **shape}
-
+from model import ModelConfig, null_condition
 
 # what a router's file says of itself, and a denoiser's
 ROUTER = {"fingerprint": str, "shift": float, "autoencoder": NETWORK, "text": NETWORK}
 DENOISER = ROUTER | {"objective": str, "path": str, "shard": str}
-#                      its file, its shard, and what trains it
-DENSE = {"monolith": ("experts/all.safetensors", "all", "train_expert.py --run-dir {} --shard all"),
-         "student":  ("student.safetensors", "student", "distill.py --run-dir {}")}
+
+# what models that are used together have in common; size, objective and path are each one's own
+COMMON = ("size", "channels", "condition", "classes", "vocab", "text_dim", "length")
+
+
+class Dense(NamedTuple):
+    """One model in the place of the ensemble."""
+
+    path: str
+    shard: str
+    # the command that trains it, {} for the run
+    trainer: str
+
+
+DENSE = {
+    "monolith": Dense("experts/all.safetensors", "all", "train_expert.py --run-dir {} --shard all"),
+    "student": Dense("student.safetensors", "student", "distill.py --run-dir {}"),
+}
 
 
 class Ensemble:
-    """Finds the models of a run, checks that they fit together, and loads an expert when it is first needed.
+    """Finds the models of a run, checks that they fit together, loads an expert when first needed.
 
-    only: "monolith" or "student", that model instead of the experts. K is the number of clusters; missing lists those without a readable expert: left
-    out, the others' weights renormalised (require_all: a UserError). routed: whether there is a router to choose among several. resident:
-    experts on the device at most, 0 for all; the one that was used longest ago makes room.
-    precision: auto (bf16 on a GPU, fp32 elsewhere), bf16 or fp32, of the weights; compile: torch.compile the blocks.
-    info is what the first model's file, `path`, says. forwards counts samples through each expert and "router".
+    only: "monolith" or "student", that model instead of the experts.
+    resident: experts on the device at most, 0 for all; the one used longest ago makes room.
+    precision: auto (bf16 on a GPU, fp32 elsewhere), bf16 or fp32, of the weights.
+    compile: torch.compile the blocks. require_all: a missing expert is a UserError.
+
+    K is the number of clusters; missing lists those without a readable expert: left out, the
+    others' weights renormalised. routed: whether there is a router to choose among several experts.
+    info is what the first model's file, `path`, says; config its ModelConfig. forwards counts the
+    samples through each expert and "router".
     UserError if nothing can be sampled from, or models differ in what they must have in common.
     """
 
-    def __init__(self, run, device, only="", resident=0, precision="auto", compile=False, require_all=False):
-        self.run, self.device, self.resident, self.compile = run, device, resident, compile
-        self.dtype, self.forwards = encoders.dtype_of(precision, device), collections.Counter()
-        self.precision = encoders.resolve(precision, device)        # what results are named by: bf16, tf32 or fp32
-        self.loaded, self.cost = {}, {}     # loaded: the experts on the device, the one used last at the end
-        folder = os.path.join(run, "experts")
-        if not os.path.isdir(run):
-            raise UserError(f"there is no folder {run}: give --run-dir the folder of a trained run")
-        if only:
-            path, shard, trainer = DENSE[only]
-            self.paths = {0: os.path.join(run, path)}
-            if not os.path.exists(self.paths[0]):
-                raise UserError(f"{self.paths[0]} is missing: train it with {trainer.format(run)}")
-        else:
-            found = (re.fullmatch(r"(0|[1-9][0-9]{0,5})\.safetensors", os.path.basename(p)) for p in glob.glob(os.path.join(glob.escape(folder), "*")))
-            self.paths = {int(m[1]): os.path.join(folder, m[0]) for m in sorted(filter(None, found), key=lambda m: int(m[1]))}
-            if not self.paths:
-                raise UserError(f"no expert in {folder}: train one with train_expert.py --run-dir {run} --shard 0")
-        self.infos, unreadable = {}, {}
+    def __init__(self, run_dir, device, only="", resident=0, precision="auto", compile=False,
+                 require_all=False):
+        self.run_dir = run_dir
+        self.device = device
+        self.resident = resident
+        self.compile = compile
+        self.dtype = encoders.dtype_of(precision, device)
+        # what results are named by: bf16, tf32 or fp32
+        self.precision = encoders.resolve(precision, device)
+        # expert -> its model on the device, the one used last at the end
+        self.loaded = {}
+        # of each expert and "router": FLOPs of a forward, and samples that went through it
+        self.cost = {}
+        self.forwards = collections.Counter()
+
+        found = find_models(run_dir, only)
+        unreadable = self._read_infos(found, only)
+        self.paths = {k: found[k] for k in self.infos}
+        # where no router says how many clusters there are
+        self.K = max(found) + 1
+        router = None
+        if not only and os.path.exists(self.router_path):
+            router = self._read_router(found)
+
+        # the files agree with each other
+        first = min(self.paths)
+        self.path = self.paths[first]
+        self.info = self.infos[first]
+        self.config = ModelConfig(**self.info["model"])
         for k, path in self.paths.items():
+            self.check_fits(path, self.infos[k])
+        if router:
+            self.check_fits(self.router_path, router)
+
+        self.missing = [k for k in range(self.K) if k not in self.paths]
+        if self.missing:
+            self._warn_of_missing(list(unreadable.values()), require_all)
+        # a single expert needs nobody to choose it
+        self.routed = router is not None and len(self.paths) > 1
+
+    # ---- what its files say
+
+    @property
+    def router_path(self):
+        return os.path.join(self.run_dir, "router.safetensors")
+
+    def _read_infos(self, found, only):
+        """Sets infos {k: what expert k's file says} -> {k: why not} of the unreadable ones."""
+        self.infos = {}
+        unreadable = {}
+        for k, path in found.items():
             try:
-                self.infos[k] = _info(path, DENOISER)
+                info = read_model_info(path, DENOISER)
             except UserError as error:
                 unreadable[k] = str(error)
                 continue
-            if (trained := self.infos[k]["shard"]) != (shard if only else str(k)):
-                raise UserError(f"{path} was trained on shard {trained}: name it {trained}.safetensors")
-        if len(unreadable) == len(self.paths):
+
+            wanted = DENSE[only].shard if only else str(k)
+            if info["shard"] != wanted:
+                raise UserError(f"{path} was trained on shard {info['shard']}: "
+                                f"name it {info['shard']}.safetensors")
+            self.infos[k] = info
+
+        if not self.infos:
             raise UserError("; ".join(unreadable.values()))
-        self.K = max(self.paths) + 1        # without a router to say how many clusters there are
-        router = os.path.join(run, "router.safetensors")
-        if routed := not only and os.path.exists(router):
-            self.K = (router_info := _info(router, ROUTER))["model"]["clusters"]
-            if foreign := [p for k, p in self.paths.items() if k >= self.K]:
-                raise UserError(f"{foreign[0]} does not belong to {router}, which knows {self.K} clusters")
-        self.paths = {k: path for k, path in self.paths.items() if k not in unreadable}
-        checked = {path: self.infos[k] for k, path in self.paths.items()}
-        if routed:
-            checked[router] = router_info
-        self.path, self.info = next(iter(checked.items()))
-        self.config = models.ModelConfig(**self.info["model"])
-        for path, info in checked.items():
-            self.check_fits(path, info)
-        self.missing = [k for k in range(self.K) if k not in self.paths]
-        if self.missing:
-            why = "; ".join(unreadable.values())
-            text = (f"no {'usable ' if why else ''}expert for cluster{'s' * (len(self.missing) > 1)} {', '.join(map(str, self.missing))} of {self.K}"
-                    + (f" ({why})" if why else ""))
-            if require_all:
-                raise UserError(f"{text}: bring them to {folder}")
-            if os.environ.get("RANK", "0") == "0":
-                print(f"warning: {text}: left out, the weights of the others renormalised", file=sys.stderr)
-        self.routed = routed and len(self.paths) > 1       # a single expert needs nobody to choose it
+        return unreadable
+
+    def _read_router(self, found):
+        """Sets K -> what the router's file says."""
+        info = read_model_info(self.router_path, ROUTER)
+        self.K = info["model"]["clusters"]
+        foreign = [path for k, path in found.items() if k >= self.K]
+        if foreign:
+            raise UserError(f"{foreign[0]} does not belong to {self.router_path}, "
+                            f"which knows {self.K} clusters")
+        return info
 
     def check_fits(self, name, info):
-        """UserError if the model that `info` describes (called `name`) differs from this ensemble in what they must have in common."""
-        together = f"{name} and {self.path} do not fit together"
-        wanted = _must_agree(self.info)
-        for what, value in _must_agree(info).items():
-            if value != wanted[what]:
-                raise UserError(f"{together}: {what} {value} / {wanted[what]}")
-        for role in ("autoencoder", "text"):
-            a, b = info[role], self.info[role]
-            if encoders.identity(a) != encoders.identity(b):
-                raise UserError(f"{together}: {role} {encoders.label(a)} / {encoders.label(b)}")
-
-    def in_precision(self, precision):
-        """This ensemble with its weights in another precision, its models not yet loaded; what is loaded of this one is let go.
-
-        They may not all fit then: as many stay on a GPU as there is room for.
+        """UserError if a model does not fit this ensemble. info: what its file says; name: its name
+        for the message.
         """
-        if encoders.dtype_of(precision, self.device) == self.dtype:
-            return self
-        self.loaded.clear()
-        self.__dict__.pop("router", None)
-        other = copy.copy(self)
-        other.loaded = {}
-        other.dtype, other.precision = encoders.dtype_of(precision, self.device), encoders.resolve(precision, self.device)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            sizes = [plan.parameter_count(models.ModelConfig(**info["model"])) * other.dtype.itemsize for info in self.infos.values()]
-            # half of what is free: a forward pass needs its own
-            fits = plan.how_many(sizes, torch.cuda.mem_get_info(self.device)[0] / 2)
-            other.resident = min(self.resident or len(sizes), fits)
-        return other
+        together = f"{name} and {self.path} do not fit together"
+        values = {"clustering (fingerprint)": (info["fingerprint"], self.info["fingerprint"])}
+        for key in COMMON:
+            values[key] = (info["model"][key], self.info["model"][key])
+        for what, (its, ours) in values.items():
+            if its != ours:
+                raise UserError(f"{together}: {what} {its!r} / {ours!r}")
+
+        for role in ("autoencoder", "text"):
+            its = info[role]
+            ours = self.info[role]
+            if encoders.identity(its) != encoders.identity(ours):
+                raise UserError(f"{together}: {role} "
+                                f"{encoders.label(its)} / {encoders.label(ours)}")
+
+    def _warn_of_missing(self, reasons, require_all):
+        """Names the clusters without an expert; reasons: why files could not be read."""
+        usable = "usable " if reasons else ""
+        plural = "s" if len(self.missing) > 1 else ""
+        names = ", ".join(map(str, self.missing))
+        text = f"no {usable}expert for cluster{plural} {names} of {self.K}"
+        if reasons:
+            text += f" ({'; '.join(reasons)})"
+
+        if require_all:
+            raise UserError(f"{text}: bring them to {os.path.join(self.run_dir, 'experts')}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {text}: left out, the weights of the others renormalised",
+                  file=sys.stderr)
+
+    def check(self, settings: Sample):
+        """UserError if this ensemble cannot be sampled from with `settings`, [sample]."""
+        name, number = check_strategy(settings.strategy)
+        if name in ("top", "sample") and number > self.K:
+            raise UserError(f"strategy {settings.strategy!r} asks for {number} experts "
+                            f"of {self.K}")
+        if name == "oracle" and number not in self.paths:
+            raise UserError(f"strategy {settings.strategy!r}: there is no expert {number}, "
+                            f"but {self.expert_names()}")
+        if name != "oracle" and not self.routed and len(self.paths) > 1:
+            raise UserError(f"{self.router_path} is missing: train it with "
+                            f"train_router.py --run-dir {self.run_dir}, or copy it there")
+
+    def expert_names(self):
+        """The experts that are there, for a message."""
+        return ", ".join(map(str, self.paths))
+
+    def shift(self, settings: Sample):
+        """The shift of the solver's times: the settings', or the one that the experts have.
+
+        UserError if theirs differ.
+        """
+        if settings.shift:
+            return settings.shift
+        if len({info["shift"] for info in self.infos.values()}) > 1:
+            each = ", ".join(f"{k}: {info['shift']}" for k, info in self.infos.items())
+            raise UserError(f"the experts were trained with different shifts ({each}): "
+                            f"say which with --shift")
+        return self.info["shift"]
+
+    # ---- its models
+
+    def expert(self, k):
+        """Expert k, loaded if it is not on the device."""
+        if k in self.loaded:
+            model = self.loaded.pop(k)
+        else:
+            # the one used longest ago makes room
+            while 0 < self.resident <= len(self.loaded):
+                del self.loaded[next(iter(self.loaded))]
+            model = self._load(self.paths[k], k)
+        self.loaded[k] = model
+        return model
 
     @functools.cached_property
     def router(self):
-        return self._load(os.path.join(self.run, "router.safetensors"), "router")
+        return self._load(self.router_path, "router")
 
     def _load(self, path, name):
         try:
-            model = artifacts.load(path, self.device, self.dtype)[0]
+            model, _ = artifacts.load(path, self.device, self.dtype)
         except ValueError as error:
             raise UserError(str(error), local=True) from None
         model.requires_grad_(False)
         self.cost[name] = plan.flops(model.config)
-        if self.compile:        # all blocks of a shape share one graph
+        if self.compile:
+            # all blocks of a shape share one graph
             for block in model.blocks:
                 block.compile(dynamic=True)
         return model
 
-    def expert(self, k):
-        """Expert k, loaded if it is not on the device."""
-        if k not in self.loaded:
-            while 0 < self.resident <= len(self.loaded):
-                del self.loaded[next(iter(self.loaded))]
-            self.loaded[k] = self._load(self.paths[k], k)
-        self.loaded[k] = self.loaded.pop(k)
-        return self.loaded[k]
+    def in_precision(self, precision):
+        """This ensemble with its weights in another precision, nothing loaded yet.
 
-    @torch.no_grad()
-    def route(self, x_t, t, c, temperature=1.0):
-        """p(k | x_t, t, c) [B,K] over the experts that are there (eq. 5, tempered and renormalised)."""
-        self.forwards["router"] += len(x_t)
-        logits = self.router(x_t.to(self.dtype), t, c).float() / temperature
-        logits[:, self.missing] = float("-inf")
-        return logits.softmax(1)
+        What is loaded of this one is let go. They may not all fit then: as many stay on a GPU as
+        there is room for.
+        """
+        dtype = encoders.dtype_of(precision, self.device)
+        if dtype == self.dtype:
+            return self
 
-    @torch.no_grad()
-    def expert_velocity(self, k, x_t, t, c):
-        """Expert k's velocity on x_t [B,C,S,S], t [B], without guidance, whatever it was trained to predict."""
-        model, info = self.expert(k), self.infos[k]
-        self.forwards[k] += len(x_t)
-        return flow.predict_velocity(lambda x, t, c: model(x.to(self.dtype), t, c), x_t, t, c, info["objective"], info["path"],
-                                     encoders.bound(info["autoencoder"]))
+        self.loaded.clear()
+        # the cached one
+        vars(self).pop("router", None)
+        other = copy.copy(self)
+        other.loaded = {}
+        other.dtype = dtype
+        other.precision = encoders.resolve(precision, self.device)
+
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            sizes = []
+            for info in self.infos.values():
+                sizes.append(plan.parameter_count(ModelConfig(**info["model"])) * dtype.itemsize)
+            # half of what is free: a forward pass needs its own
+            free, _ = torch.cuda.mem_get_info(self.device)
+            fits = plan.how_many(sizes, free / 2)
+            other.resident = min(self.resident or len(sizes), fits)
+        return other
 
     def flops(self):
         """FLOPs of all forwards so far (a multiply-add is two)."""
         return sum(count * self.cost[name] for name, count in self.forwards.items())
 
-    def check(self, settings):
-        """UserError if this ensemble cannot be sampled from with `settings`, [sample] of a config."""
-        name, number = check_strategy(settings.strategy)
-        if name in ("top", "sample") and number > self.K:
-            raise UserError(f"strategy {settings.strategy!r} asks for {number} experts of {self.K}")
-        if name == "oracle" and number not in self.paths:
-            raise UserError(f"strategy {settings.strategy!r}: there is no expert {number}, but {', '.join(map(str, self.paths))}")
-        if name != "oracle" and not self.routed and len(self.paths) > 1:
-            raise UserError(f"{self.run}/router.safetensors is missing: train it with train_router.py --run-dir {self.run}, or copy it there")
+    # ---- what they predict
 
-    def shift(self, settings):
-        """The shift of the solver's times: the settings', or the one that the experts were trained with. UserError if that differs."""
-        shifts = {k: info["shift"] for k, info in self.infos.items()}
-        if not settings.shift and len(set(shifts.values())) > 1:
-            raise UserError(f"the experts were trained with different shifts ({', '.join(f'{k}: {s}' for k, s in shifts.items())}): say which with --shift")
-        return settings.shift or next(iter(shifts.values()))
+    def velocity(self, settings: Sample, c: Tensor | None = None, c_null: Tensor | None = None,
+                 u: Tensor | None = None, labels: Tensor | None = None):
+        """-> Velocity along the path of one batch.
 
-    def velocity(self, settings, c=None, c_null=None, u=None, labels=None):
-        """-> Velocity along one batch's path.
-
-        settings: [sample] of a config. c: condition [B,...] or None. c_null: what guidance leads away from (None: no condition; else a
-        negative prompt). u [B,R,K]: uniform numbers for strategies that draw, R for the calls of the velocity (once: 1). labels [B]: the
-        expert of each sample, in place of the router.
+        c: condition [B,...] or None.
+        c_null: what guidance leads away from [B,...]; None: no condition; else a negative prompt.
+        u: [B,R,K] uniform numbers for strategies that draw, R for the calls of the velocity (for
+        once: 1). labels: [B] the expert of each sample, in place of the router.
         """
-        return Velocity(self, settings, c, c_null, u, labels)
+        return Velocity(self, settings, c, c_null=c_null, u=u, labels=labels)
+
+    @torch.no_grad()
+    def route(self, x_t: Tensor, t: Tensor, c: Tensor | None, temperature=1.0) -> Tensor:
+        """p(k | x_t, t, c) [B,K] over the experts that are there (eq. 5), tempered."""
+        self.forwards["router"] += len(x_t)
+        logits = self.router(x_t.to(self.dtype), t, c).float() / temperature
+        # the softmax renormalises over the others
+        logits[:, self.missing] = float("-inf")
+        return logits.softmax(1)
+
+    @torch.no_grad()
+    def expert_velocity(self, k, x_t: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
+        """Expert k's velocity on x_t [B,C,S,S], t [B], without guidance.
+
+        Whatever it was trained to predict, in whatever precision its weights are.
+        """
+        expert = self.expert(k)
+        info = self.infos[k]
+        self.forwards[k] += len(x_t)
+
+        def model(x, t, c):
+            return expert(x.to(self.dtype), t, c)
+
+        return flow.predict_velocity(model, x_t, t, c, objective=info["objective"],
+                                     path=info["path"], bound=encoders.bound(info["autoencoder"]))
+
+
+# ---- along a path --------------------------------------------------------------------------------
+
+@dataclass
+class Branch:
+    """One branch of guidance, and what the router has said in it."""
+
+    # condition [B,...] or None
+    c: Tensor | None
+    # [B,K], the router's last answer on each sample
+    p: Tensor | None = None
+    # rows of the samples that still ask: the router is not yet sure of them
+    asking: Tensor | None = None
 
 
 class Velocity:
-    """velocity(x_t [B,C,S,S], time float) -> v: the ensemble under one strategy, guided. Calls must follow one path from t = 1 on.
+    """velocity(x_t [B,C,S,S], time float) -> v: the ensemble under one strategy, guided.
 
-    used [B,K]: the weights of the experts (of the conditional branch), added up over the calls; weights [B,K]: the last call's.
-    alone: how many forwards a sample would have taken of a single expert.
+    Calls must follow one path from t = 1 on.
+    weights [B,K]: of the experts (of the conditional branch) in the last call; used [B,K]: added up
+    over the calls. calls: how many. alone: how many forwards a sample would have taken of a single
+    expert. Arguments: see Ensemble.velocity.
     """
 
-    def __init__(self, team, settings, c, c_null, u, labels):
-        if labels is None:
-            team.check(settings)
-            name, number = flow.parse_strategy(settings.strategy)
-            if name == "oracle" or len(team.paths) == 1:
-                labels = number if name == "oracle" else next(iter(team.paths))
-            elif u is None and name in flow.DRAWING:
-                raise ValueError(f"strategy {settings.strategy} draws: give it u")
-        elif gone := sorted(set(torch.as_tensor(labels).flatten().tolist()) - team.paths.keys()):
-            raise UserError(f"labels {', '.join(map(str, gone))}: there are experts for {', '.join(map(str, team.paths))} of {team.K} clusters")
-        self.team, self.settings, self.c, self.calls, self.used = team, settings, c, 0, 0
+    def __init__(self, team: Ensemble, settings: Sample, c=None, c_null=None, u=None, labels=None):
+        self.team = team
+        self.settings = settings
+        self.strategy = check_strategy(settings.strategy)
+        self.labels = labels
+        self.u = u
+        self._check()
+
+        if c_null is None:
+            c_null = null_condition(team.config, c)
+        self.conditional = Branch(c)
+        self.unconditional = Branch(c_null)
+
+        # weights [B,K] that are chosen once for the path and both branches
+        self.kept = None
+        self.weights = None
+        self.used = 0
+        self.calls = 0
         self.alone = 0
-        self.c_null = models.null_condition(team.config, c) if c_null is None else c_null
-        self.route = _Route(team, settings, c, u, labels)
-        own = settings.cfg_routing == "own" and not self.route.kept
-        self.route_null = _Route(team, settings, self.c_null, u, labels) if own else None
+
+    def _check(self):
+        """Settles `labels`. UserError for what this ensemble does not have."""
+        team = self.team
+        name, number = self.strategy
+        if self.labels is not None:
+            gone = sorted(set(torch.as_tensor(self.labels).flatten().tolist()) - team.paths.keys())
+            if gone:
+                raise UserError(f"labels {', '.join(map(str, gone))}: there are experts for "
+                                f"{team.expert_names()} of {team.K} clusters")
+            return
+
+        team.check(self.settings)
+        if name == "oracle":
+            self.labels = number
+        elif len(team.paths) == 1:
+            self.labels = min(team.paths)
+        elif name in flow.DRAWING and self.u is None:
+            raise ValueError(f"strategy {self.settings.strategy} draws: give it u")
 
     @torch.no_grad()
-    def __call__(self, x_t, time):
-        s, t = self.settings, torch.full((len(x_t),), time, device=x_t.device)
-        guided = self.c is not None and s.cfg != 1 and s.cfg_low - 1e-6 < time < s.cfg_high + 1e-6      # the ends are in, whatever the rounding
-        self.weights = w = self.route(x_t, t, self.calls)
+    def __call__(self, x_t: Tensor, time: float) -> Tensor:
+        t = torch.full((len(x_t),), time, device=x_t.device)
+        w = self.choose_experts(self.conditional, x_t, t)             # [B,K]
+        self.weights = w
         self.used = self.used + w
-        c = self.c
-        if guided:      # both branches as one batch of 2B
-            w_null = self.route_null(x_t, t, self.calls) if self.route_null else w
-            x_t, t, c, w = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, self.c_null]), torch.cat([w, w_null])
-        self.calls, self.alone = self.calls + 1, self.alone + 1 + guided
+
+        c = self.conditional.c
+        guided = self.guided(time)
+        if guided:
+            # one routing decision serves both branches, unless each is to ask for itself
+            w_null = w
+            if self.settings.cfg_routing == "own":
+                w_null = self.choose_experts(self.unconditional, x_t, t)
+
+            # both branches as one batch of 2B
+            x_t = torch.cat([x_t, x_t])
+            t = torch.cat([t, t])
+            c = torch.cat([c, self.unconditional.c])
+            w = torch.cat([w, w_null])
+        self.calls += 1
+        self.alone += 1 + guided
+
         # experts on the device go first, before others take their place
         order = sorted(range(self.team.K), key=lambda k: k not in self.team.loaded)
         v = flow.ensemble(w, self.team.expert_velocity, x_t, t, c, order=order)
-        return flow.guide(*v.chunk(2), s.cfg) if guided else v
+        if not guided:
+            return v
+        v_c, v_u = v.chunk(2)
+        return flow.guide(v_c, v_u, self.settings.cfg)
 
+    def guided(self, time):
+        """Whether guidance has an effect at this time."""
+        s = self.settings
+        if self.conditional.c is None or s.cfg == 1:
+            return False
+        # the ends are in, whatever the rounding
+        return s.cfg_low - 1e-6 < time < s.cfg_high + 1e-6
 
-class _Route:
-    """The experts of one branch of a batch along its path. kept: decided once for the whole path."""
+    def choose_experts(self, branch, x_t, t):
+        """-> weights [B,K] of the experts for this call, of a branch."""
+        if self.kept is not None:
+            return self.kept
 
-    def __init__(self, team, settings, c, u, labels):
-        self.team, self.settings, self.c, self.u = team, settings, c, u
-        self.p = self.weights = self.open = None        # open: the samples that still ask the router
-        self.strategy = ("oracle", labels) if labels is not None else flow.parse_strategy(settings.strategy)
-        self.kept = self.strategy[0] in ("oracle", "once")
+        if self.labels is not None:
+            k = torch.as_tensor(self.labels, device=x_t.device).expand(len(x_t))
+            self.kept = F.one_hot(k, self.team.K).to(x_t)
+            return self.kept
 
-    def __call__(self, x_t, t, call):
-        """-> weights [B,K] for the velocity's call number `call`, 0 at t = 1."""
-        name, number = self.strategy
-        if self.kept and self.weights is not None:
-            return self.weights
-        if name == "oracle":
-            k = torch.as_tensor(number, device=x_t.device).expand(len(x_t))
-            self.weights = torch.nn.functional.one_hot(k, self.team.K).to(x_t)
-            return self.weights
-        if self.p is None:
-            self.p = torch.zeros(len(x_t), self.team.K, device=x_t.device)
-            self.open, ask = torch.arange(len(x_t), device=x_t.device), True
-        else:
-            ask = call % self.settings.route_every == 0
-        if ask and len(self.open):
-            rows = self.open
-            p = self.team.route(x_t[rows], t[rows], None if self.c is None else self.c[rows], self.settings.router_temperature)
-            if self.settings.route_every > 1 and self.settings.route_epsilon:
-                sure = p.max(1).values >= 1 - self.settings.route_epsilon
-                p = torch.where(sure[:, None], flow.top_k(p, 1), p)
-                self.open = rows[~sure]
-            self.p[rows] = p
-        self.weights = flow.choose(self.strategy, self.p, self.u[:, 0 if self.kept else call] if name in flow.DRAWING else None)
-        return self.weights
+        self._ask_router(branch, x_t, t)
+        name, _ = self.strategy
+        if name == "once":
+            self.kept = flow.choose(self.strategy, branch.p, self.u[:, 0])
+            return self.kept
+        u = self.u[:, self.calls] if name in flow.DRAWING else None
+        return flow.choose(self.strategy, branch.p, u)
+
+    def _ask_router(self, branch, x_t, t):
+        """Brings branch.p up to date, where it is time to ask: every route_every calls."""
+        s = self.settings
+        if branch.p is None:
+            branch.p = torch.zeros(len(x_t), self.team.K, device=x_t.device)
+            branch.asking = torch.arange(len(x_t), device=x_t.device)
+        elif self.calls % s.route_every:
+            return
+        rows = branch.asking
+        if len(rows) == 0:
+            return
+
+        c = None if branch.c is None else branch.c[rows]
+        p = self.team.route(x_t[rows], t[rows], c, s.router_temperature)
+        if s.route_every > 1 and s.route_epsilon:
+            # a sample that the router is sure of keeps its expert, and asks no more
+            sure = p.max(1).values >= 1 - s.route_epsilon
+            p = torch.where(sure[:, None], flow.top_k(p, 1), p)
+            branch.asking = rows[~sure]
+        branch.p[rows] = p
 
 
 def beginnings(seeds, shape, calls, K):
-    """-> (noise [B,*shape], u [B,calls,K]) of images with these seeds: a generator an image, so that it is the same in any batch."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-    return noise, torch.stack([torch.rand(calls, K, generator=g) for g in generators])
+    """-> (noise [B,*shape], u [B,calls,K] uniform on [0,1)) of images with these seeds.
+
+    A generator an image, so that an image is the same in any batch.
+    """
+    noise = []
+    u = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        noise.append(torch.randn(shape, generator=generator))
+        u.append(torch.rand(calls, K, generator=generator))
+    return torch.stack(noise), torch.stack(u)
 
 
-def open_space(team, run_config, given, device):
-    """The pretrained.Space that the models of `team` were trained in. Where its networks are now: flags say, or the run's config, or the models."""
-    config, info = make_config(given), team.info
-    config.data.condition, config.data.size = team.config.condition, team.config.size * info["autoencoder"].get("factor", 1)
-    for role in ("autoencoder", "text"):
-        if f"{role}.name" not in given:
-            local = getattr(run_config, role).name
-            getattr(config, role).name = local if "weights" in info[role] and local != encoders.NONE[role] else info[role]["name"]
-        elif "weights" not in info[role]:
-            raise UserError(f"--{role}.name {given[f'{role}.name']}: {team.path} was trained without a pretrained {role} network")
-    config.text.length, config.text.vocab = team.config.length, team.config.vocab
-    config.text.layer = info["text"].get("layer", "last")
-    # as in training, whatever the device was: a text encoder's tf32 is its fp32 on a GPU
-    config.text.precision = info["text"].get("precision", "auto").replace("tf32", "fp32")
-    return Space(config, device, info, team.path)
+# ---- files ---------------------------------------------------------------------------------------
+
+def find_models(run_dir, only=""):
+    """-> {k: path} of the experts of a run, or {0: path} of `only`, a key of DENSE. UserError."""
+    if not os.path.isdir(run_dir):
+        raise UserError(f"there is no folder {run_dir}: give --run-dir the folder of a trained run")
+
+    if only:
+        path = os.path.join(run_dir, DENSE[only].path)
+        if not os.path.exists(path):
+            trainer = DENSE[only].trainer.format(run_dir)
+            raise UserError(f"{path} is missing: train it with {trainer}")
+        return {0: path}
+
+    folder = os.path.join(run_dir, "experts")
+    found = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "*")):
+        match = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.safetensors", os.path.basename(path))
+        if match:
+            found[int(match[1])] = path
+    if not found:
+        raise UserError(f"no expert in {folder}: train one with "
+                        f"train_expert.py --run-dir {run_dir} --shard 0")
+    return dict(sorted(found.items()))
 
 
-def _info(path, shape):
+def read_model_info(path, shape):
     """What a model's file says of itself, which has the types of `shape`. UserError."""
     try:
         info = artifacts.read_info(path)
@@ -322,8 +507,46 @@ def _info(path, shape):
     try:
         check_shape(info, shape)
     except ValueError as error:
-        raise UserError(f"{path} is not a model of this project, or has been damaged: copy it again ({error})") from None
-    for key in ("objective", "path") if "objective" in shape else ():       # a fork may know others
-        if info[key] not in choices("flow", key):
-            raise UserError(f"{path} has {key} = {info[key]!r}, which is not one of {', '.join(choices('flow', key))}")
+        raise UserError(f"{path} is not a model of this project, or has been damaged: "
+                        f"copy it again ({error})") from None
+
+    if "objective" in shape:
+        # a fork may know others
+        for key in ("objective", "path"):
+            known = choices("flow", key)
+            if info[key] not in known:
+                raise UserError(f"{path} has {key} = {info[key]!r}, which is not one of "
+                                f"{', '.join(known)}")
     return info
+
+
+def open_space(team: Ensemble, run_config, given, device):
+    """The Space that the models of `team` were trained in.
+
+    Where its networks are on this machine: the flags `given` say, or the run's config, or the
+    models.
+    """
+    info = team.info
+    config = make_config(given)
+    config.data.condition = team.config.condition
+    config.data.size = team.config.size * info["autoencoder"].get("factor", 1)
+
+    for role in ("autoencoder", "text"):
+        trained_with_network = "weights" in info[role]
+        if f"{role}.name" in given:
+            if not trained_with_network:
+                name = given[f"{role}.name"]
+                raise UserError(f"--{role}.name {name}: {team.path} was trained without a "
+                                f"pretrained {role} network")
+            continue
+        name = getattr(run_config, role).name
+        if not trained_with_network or name == encoders.NONE[role]:
+            name = info[role]["name"]
+        getattr(config, role).name = name
+
+    config.text.length = team.config.length
+    config.text.vocab = team.config.vocab
+    config.text.layer = info["text"].get("layer", "last")
+    # as in training, whatever the device was: a text encoder's tf32 is its fp32 on a GPU
+    config.text.precision = info["text"].get("precision", "auto").replace("tf32", "fp32")
+    return Space(config, device, wanted=info, origin=team.path)

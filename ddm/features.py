@@ -346,18 +346,15 @@ def _measure_reference(data, spaces, clusters, *, batch, ranks):
     for items in loader:
         bar.update(len(items))
         causes.update(item.cause for item in items if item.cause)
-        items = [item for item in items if not item.cause]
-        if not items:
+        usable = [item for item in items if not item.cause]
+        if not usable:
             continue
 
-        numbers = [item.number for item in items]
+        numbers = [item.number for item in usable]
         for i, space in enumerate(spaces):
-            prepared = [item.for_spaces[i] for item in items]
+            prepared = [item.for_spaces[i] for item in usable]
             statistics[i].add(numbers, space.features(prepared))
-        labels[:, numbers] = 0
-        if clusters:
-            labels[0, numbers] = clusters.assign([item.image_for_clusters for item in items])
-            labels[1, numbers] = clusters.assign([item.square_for_clusters for item in items])
+        labels[:, numbers] = _label(usable, clusters)
     bar.close()
 
     # what another rank has is -1 here
@@ -365,6 +362,15 @@ def _measure_reference(data, spaces, clusters, *, batch, ranks):
     causes = sum(gather(causes), collections.Counter())
     _report_left_out(data, labels, causes, ranks)
     return [sums.close() for sums in statistics], labels
+
+
+def _label(items, clusters):
+    """The clusters of usable images and of their squares [2,B]; zeros without a ClusterSpace."""
+    if not clusters:
+        return torch.zeros(2, len(items), dtype=torch.int64)
+    images = clusters.assign([item.image_for_clusters for item in items])
+    squares = clusters.assign([item.square_for_clusters for item in items])
+    return torch.stack([images, squares])
 
 
 def _report_left_out(data, labels, causes, ranks):

@@ -13,6 +13,7 @@ import tarfile
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -23,7 +24,16 @@ from ddm.errors import UserError
 from ddm.files import try_folder, write_text
 from ddm.process import gather
 from ddm.run import CLUSTERING, read_manifest
-from ddm.tars import SOURCE, BadSample, Notes, Source, read_source, scan_tar, split_name
+from ddm.tars import (
+    SOURCE,
+    BadSample,
+    Notes,
+    Source,
+    check_unchanged,
+    read_source,
+    scan_tar,
+    split_name,
+)
 
 # What a features file says of itself. identity: of what its vectors depend on beside the tar
 FEATURES = {
@@ -65,7 +75,7 @@ class Partition:
     manifests: list
 
     def sizes(self, without=()):
-        """Samples of each folder, as its manifest says, without those of some tars."""
+        """Samples of each folder [K + 1], as its manifest says, without those of some tars."""
         sizes = []
         for manifest in self.manifests:
             counted = [entry["samples"] for file, entry in manifest["tars"].items()
@@ -94,6 +104,14 @@ def tar_name(file):
     return file.removesuffix(".tar")
 
 
+def list_tars(paths, run_dir):
+    """{name: path} -> [Tar]."""
+    tars = []
+    for name, path in paths.items():
+        tars.append(Tar(name, path, os.path.join(run_dir, "features", f"{name}.safetensors")))
+    return tars
+
+
 # ---- the features of a tar -----------------------------------------------------------------------
 
 def read_metadata(path):
@@ -106,6 +124,7 @@ def read_metadata(path):
                 rows = f.get_slice(name).get_shape()[0]
                 if rows != about["images"]:
                     raise ValueError(f"its {name} are {rows}, not {about['images']}")
+
         for row in about["skipped"]:
             if len(row) != 5:
                 raise ValueError(f"a skipped sample has {len(row)} entries, not 5")
@@ -130,13 +149,27 @@ def read_current(tar):
     if os.path.getsize(tar.path) != known.bytes:
         return None
 
+    # not read again where the dates are the known ones
     source = read_source(tar.path, known)
     if source.sha256 != known.sha256:
         return None
     if source != known:
+        # the next call need not read it
         about["source"] = vars(source)
         write_tensors(tar.features, load_file(tar.features), about)
     return about
+
+
+def has_features(tar, identity, *, look_again, settings):
+    """Whether a tar's features file may stay: it is of the same bytes, by the same network and for
+    the same condition. look_again: not if a sample that was skipped can be used now.
+
+    settings: [data] of the config.
+    """
+    about = read_current(tar)
+    if about is None or about["identity"] != identity:
+        return False
+    return not (look_again and any_mended(tar, about, settings))
 
 
 def any_mended(tar, about, settings):
@@ -144,8 +177,10 @@ def any_mended(tar, about, settings):
     another, or it is another sample. settings: [data] of the config.
     """
     for key, cause, _, offset, length in about["skipped"]:
+        # nothing mends this, and it would take long to read
         if cause.endswith("too large"):
             continue
+
         try:
             with open(tar.path, "rb") as file:
                 blocks = read_at(file, offset, length)
@@ -169,9 +204,72 @@ def _is_mended(tar, key, blocks, settings):
         return True
     except BadSample:
         return sample.key != key
+    # no sample at all: another one than it was
     except StopIteration:
         return True
 
+
+class NewFeatures:
+    """What becomes a tar's features file."""
+
+    def __init__(self, tar):
+        self.tar = tar
+        # [n,D] of each batch; and of each sample offset, length and checksum of its key
+        self.features = []
+        self.rows = []
+
+        # for data.usable to fill: samples that cannot be used, and what is not even a sample
+        self.skipped = []
+        self.notes = Notes()
+        # samples with several images, and what was taken in the first of them
+        self.several = 0
+        self.choice = ""
+
+    def add(self, sample):
+        self.rows.append((sample.start, sample.end - sample.start, checksum(sample.key)))
+        if sample.others:
+            self.several += 1
+            self.choice = self.choice or sample.choice()
+
+    def write(self, identity, source):
+        """UserError if the tar is not any more as it was when its Source was read."""
+        check_unchanged(self.tar.path, source)
+        offsets, lengths, keys = np.array(self.rows, np.int64).reshape(-1, 3).T.copy()
+        tensors = {
+            "features": np.concatenate(self.features).astype(np.float16),
+            "offsets": offsets,
+            "lengths": lengths,
+            "keys": keys,
+        }
+        write_tensors(self.tar.features, tensors, {
+            "identity": identity,
+            "source": vars(source),
+            "images": len(self.rows),
+            "skipped": self._describe_skipped(),
+            "left": self._describe_left(),
+        })
+
+    def _describe_skipped(self):
+        described = []
+        for sample, error in self.skipped:
+            length = sample.end - sample.start
+            described.append([sample.key, error.cause, error.detail, sample.start, length])
+        return described
+
+    def _describe_left(self):
+        described = {}
+        if self.several:
+            described["of samples with several images all but one"] = [self.several, self.choice]
+        if self.notes.hidden:
+            words = "members whose names begin with a dot, or in folders like __MACOSX"
+            described[words] = [self.notes.hidden]
+        if self.notes.torn:
+            words = "the rest of tars that are cut off or damaged"
+            described[words] = [1, f"{self.tar.path}: {self.notes.torn}"]
+        return described
+
+
+# ---- the bytes of a sample -----------------------------------------------------------------------
 
 def read_at(file, offset, size):
     file.seek(offset)
@@ -205,48 +303,11 @@ def first_key(blocks):
             # a long name, before the header itself
             with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", encoding="utf-8") as tar:
                 header = tar.next()
+
         return split_name(header.name)[0]
+    # AttributeError: no header follows; TypeError: the name is none of a sample's
     except (tarfile.TarError, AttributeError, TypeError, ValueError):
         return None
-
-
-def describe_skipped(skipped):
-    """[(Sample, BadSample)] as a features file has them."""
-    rows = []
-    for sample, error in skipped:
-        length = sample.end - sample.start
-        rows.append([sample.key, error.cause, error.detail, sample.start, length])
-    return rows
-
-
-class Left:
-    """Counts what of a tar is not used, besides samples that are skipped."""
-
-    def __init__(self, path):
-        self.path = path
-        # for scan_tar to fill
-        self.notes = Notes()
-        # samples with several images, and what was taken in the first of them
-        self.several = 0
-        self.choice = ""
-
-    def look_at(self, sample):
-        if sample.others:
-            self.several += 1
-            self.choice = self.choice or sample.choice()
-
-    def describe(self):
-        """{words: [how many, the first]}, as a features file has it."""
-        described = {}
-        if self.several:
-            described["of samples with several images all but one"] = [self.several, self.choice]
-        if self.notes.hidden:
-            words = "members whose names begin with a dot, or in folders like __MACOSX"
-            described[words] = [self.notes.hidden]
-        if self.notes.torn:
-            words = "the rest of tars that are cut off or damaged"
-            described[words] = [1, f"{self.path}: {self.notes.torn}"]
-        return described
 
 
 # ---- what earlier calls have left ----------------------------------------------------------------
@@ -261,6 +322,7 @@ def choose_config(args, given):
     if not existing:
         return config
 
+    # these do not change which image is where
     free = {name: value for name, value in flat(config).items() if name in FREE}
     existing = make_config(existing, free)
     if flat(config) != flat(existing):
@@ -371,14 +433,9 @@ def check_sources(partition, tars, append, ranks):
     append: look only at tars that the partition has.
     """
     meant = partition.sources()
-    if append:
-        tars = [tar for tar in tars if tar.name in meant]
-    sources = read_digests(tars, ranks)
-    changed = []
-    for tar in tars:
-        if tar.name in meant and meant[tar.name] != sources[tar.name]:
-            changed.append(tar)
-
+    in_partition = [tar for tar in tars if tar.name in meant]
+    digests = read_digests(in_partition if append else tars, ranks)
+    changed = [tar for tar in in_partition if digests[tar.name] != meant[tar.name]]
     if append:
         if changed:
             raise UserError(
@@ -386,12 +443,14 @@ def check_sources(partition, tars, append, ranks):
                 f"bytes: it has changed, or is another one. Rename it, its shards are named after "
                 f"it, or use another --run-dir")
         return
+
     clustering = partition.clustering
-    if name_inputs(sources) == clustering["inputs"]:
+    if name_inputs(digests) == clustering["inputs"]:
         return
     if not changed:
-        # no manifests tell, since the partition was interrupted
-        changed = [tar for tar in tars if os.path.exists(tar.features) and not read_current(tar)]
+        # no manifest tells, since the partition was interrupted; features may
+        made = [tar for tar in tars if os.path.exists(tar.features)]
+        changed = [tar for tar in made if not read_current(tar)]
     if changed:
         more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(

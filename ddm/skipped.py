@@ -30,11 +30,12 @@ def check_skipped(run_dir, tars, described, *, unused, config, ranks):
 
     described: what each tar's features file says of itself; unused: what find_tars left out.
     """
+    images = 0
     skipped = []
     for tar, about in zip(tars, described, strict=True):
+        images += about["images"]
         for key, cause, detail, *_ in about["skipped"]:
             skipped.append(Skipped(tar.name, key, cause, detail))
-    images = sum(about["images"] for about in described)
     causes = collections.Counter(sample.cause for sample in skipped)
     counted = ", ".join(f"{cause}: {n}" for cause, n in sorted(causes.items()))
 
@@ -45,14 +46,15 @@ def check_skipped(run_dir, tars, described, *, unused, config, ranks):
         print(f"{images} images in {len(tars)} tars{listed}{rest}", flush=True)
         write_skipped(path, tars, skipped)
 
-    if not images and tars:
-        causes_first = f"{counted}; " if skipped else ""
-        raise UserError(f"no usable image: {causes_first}"
-                        f"{describe_first(tars, skipped, config)}{say_left_out(unused)}")
-    # a handful never stops a run
+    # no tar at all: an --append that has been done already
+    if tars and not images:
+        why = f"{counted}; " if skipped else ""
+        raise UserError(f"no usable image: {why}{describe_first(tars, skipped, config)}"
+                        f"{say_left_out(unused)}")
+    # in a small set a handful is a large share, and no reason to stop
     total = images + len(skipped)
     most = config.data.max_bad
-    if len(skipped) > 10 and len(skipped) > most * total:
+    if len(skipped) > max(10, most * total):
         raise UserError(
             f"{len(skipped)} of {total} samples cannot be used, more than data.max_bad = {most} of "
             f"them ({counted}): see {path}, or allow more; "
@@ -64,6 +66,7 @@ def left_of_tars(described):
     counts = collections.Counter()
     firsts = {}
     for about in described:
+        # first: an example of the first tar that has one
         for words, (count, *first) in about["left"].items():
             counts[words] += count
             firsts.setdefault(words, first)
@@ -97,6 +100,7 @@ def write_skipped(path, tars, skipped):
     """The list of skipped samples: these, and those of other tars that are in it already."""
     names = {tar.name for tar in tars}
     rows = []
+    # an --append skips others than the calls before it
     if os.path.exists(path):
         with open(path, newline="", encoding="utf-8", errors="replace") as f:
             existing = list(csv.reader(f))[1:]

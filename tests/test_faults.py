@@ -1297,16 +1297,6 @@ def test_no_reader_unpickles_evaluates_or_extracts_what_it_reads():
     assert not found
 
 
-def test_an_npz_with_a_pickle_is_refused_and_the_pickle_not_run(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "evil"),)
-    np.savez(tmp_path / "x.npz", arr_0=np.array([Evil()], object))
-    with pytest.raises(UserError):
-        features.read_pictures(str(tmp_path / "x.npz"))
-    assert not os.path.exists(tmp_path / "evil")
-
-
 def test_a_header_that_would_take_minutes_to_read_ends_the_tar(tmp_path):
     path = tmp_path / "long.tar"
     header = tarfile.TarInfo("././@PaxHeader")

@@ -1,4 +1,6 @@
-"""img2dataset for real: pictures from a server on the loopback, dead links among them, clustered and trained on as they came."""
+"""img2dataset for real: images from a server on the loopback, dead links among them, clustered and
+trained on as they came.
+"""
 import functools
 import glob
 import http.server
@@ -16,36 +18,74 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+def publish(files, site, address):
+    """Puts the images into the folder that is served -> the lines of a list of URLs and captions.
+    """
+    lines = ["url\tcaption"]
+    images = sorted(name for name in files if name.endswith(".png"))
+    for i, name in enumerate(images[:160]):
+        # every tenth link is dead
+        if i % 10:
+            (site / name).write_bytes(files[name])
+        caption = files[name.replace(".png", ".txt")].decode()
+        lines.append(f"{address}/{name}\t{caption}")
+    return lines
+
+
+def img2dataset(urls, folder):
+    """Runs it as a user would, without a proxy between it and the loopback."""
+    options = {
+        "url_list": urls,
+        "input_format": "tsv",
+        "url_col": "url",
+        "caption_col": "caption",
+        "output_format": "webdataset",
+        "output_folder": folder,
+        "processes_count": 1,
+        "thread_count": 8,
+        "image_size": 8,
+        "resize_mode": "center_crop",
+        "encode_format": "png",
+        "encode_quality": 9,
+        "number_sample_per_shard": 50,
+        "timeout": 20,
+    }
+    tool = os.path.join(os.path.dirname(sys.executable), "img2dataset")
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    environment |= {"NO_ALBUMENTATIONS_UPDATE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([tool, *flags], cwd=folder.parent, env=environment, capture_output=True,
+                          text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_img2dataset_writes_is_what_we_read(tars, config, tmp_path):
     site = tmp_path / "site"
     site.mkdir()
-    files = members(tars)
-    urls = ["url\tcaption"]
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    handler = functools.partial(Quiet, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for i, (name, payload) in enumerate(sorted((n, p) for n, p in files.items() if n.endswith(".png"))[:160]):
-        if i % 10:      # every tenth link is dead
-            (site / name).write_bytes(payload)
-        urls.append(f"http://127.0.0.1:{server.server_address[1]}/{name}\t{files[name[:-3] + 'txt'].decode()}")
-    (tmp_path / "urls.tsv").write_text("\n".join(urls))
-    options = dict(url_list=tmp_path / "urls.tsv", input_format="tsv", url_col="url", caption_col="caption", output_format="webdataset",
-                   output_folder=tmp_path / "out", processes_count=1, thread_count=8, image_size=8, resize_mode="center_crop",
-                   encode_format="png", encode_quality=9, number_sample_per_shard=50, timeout=20)
-    tool = os.path.join(os.path.dirname(sys.executable), "img2dataset")
-    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {"NO_ALBUMENTATIONS_UPDATE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    lines = publish(members(tars), site, f"http://127.0.0.1:{server.server_address[1]}")
+    (tmp_path / "urls.tsv").write_text("\n".join(lines))
+    out = tmp_path / "out"
     try:
-        done = subprocess.run([tool, *(f"--{k}={v}" for k, v in options.items())], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+        img2dataset(tmp_path / "urls.tsv", out)
     finally:
         server.shutdown()
-    assert done.returncode == 0, done.stderr
-    assert len(glob.glob(str(tmp_path / "out" / "*.tar"))) == 4
-    before = sorted(os.listdir(tmp_path / "out"))
+    assert len(glob.glob(str(out / "*.tar"))) == 4
+    before = sorted(os.listdir(out))
 
     run = tmp_path / "run"
-    assert "144 images in 4 tars" in command("cluster.py", "--data", tmp_path / "out" / "*.tar", "--run-dir", run, "--config", config).stdout
-    assert sorted(os.listdir(tmp_path / "out")) == before       # its resume trips over files that are not its own
-    parts = {name: payload for k in range(3) for name, payload in members(run / "shards" / str(k)).items()}
-    assert parts == members(tmp_path / "out") and sum(name.endswith(".json") for name in parts) == 144
+    done = command("cluster.py", "--data", out / "*.tar", "--run-dir", run, "--config", config)
+    assert "144 images in 4 tars" in done.stdout
+    # its resume trips over files that are not its own
+    assert sorted(os.listdir(out)) == before
+
+    parts = {}
+    for k in range(3):
+        parts |= members(run / "shards" / str(k))
+    assert parts == members(out)
+    assert sum(name.endswith(".json") for name in parts) == 144
     command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 4)
     command("train_router.py", "--run-dir", run, "--train.steps", 4)
     command("sample.py", "--run-dir", run, "--prompt", "a red circle", "--out", tmp_path / "x.png")

@@ -12,36 +12,67 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command, command_line, copy, give, inside, pictures, sample, wait_until, works
+from conftest import (
+    ENVIRONMENT,
+    ROOT,
+    command,
+    command_line,
+    copy,
+    give,
+    inside,
+    pictures,
+    sample,
+    wait_until,
+    works,
+)
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model as models
-from training import TIMING
-from ddm import artifacts
+from ddm import artifacts, plan
+from ddm.tars import TarWriter
+
+# columns of a log that are not the same twice
+TIMING = ("time", "device_hours", "images_per_s", "mfu", "wait", "memory_gb")
 
 
 def begin(*args, ranks=0):
-    """Starts a script as conftest.command does, in a process group of its own, and does not wait for it."""
-    return subprocess.Popen(command_line(*args, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)
+    """Starts a script as conftest.command does, in a process group of its own, and does not wait
+    for it.
+    """
+    return subprocess.Popen(command_line(*args, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def wait_for_rows(process, run, name, count):
-    """Until a training, which is far from its end, has logged that many rows and has a checkpoint."""
+    """Until a training, which is far from its end, has logged that many rows and has a checkpoint.
+    """
     log = run / "logs" / f"{name}.csv"
-    wait_until(lambda: process.poll() is not None or log.exists() and log.read_text().count("\n") > count
-               and glob.glob(str(run / "checkpoints" / name / "step-*[0-9]")))
+
+    def is_there():
+        if process.poll() is not None:
+            return True
+        if not log.exists() or log.read_text().count("\n") <= count:
+            return False
+        return glob.glob(str(run / "checkpoints" / name / "step-*[0-9]"))
+
+    wait_until(is_there)
 
 
 def rows(run, name):
+    """The rows of a log, without what is not the same twice."""
     with open(os.path.join(run, "logs", f"{name}.csv"), newline="") as f:
-        return [{k: v for k, v in row.items() if k not in ("time", "device_hours", *TIMING)} for row in csv.DictReader(f)]
+        found = list(csv.DictReader(f))
+    for row in found:
+        for column in TIMING:
+            row.pop(column, None)
+    return found
 
 
 def same_tensors(a, b):
-    a, b = load_file(a), load_file(b)
+    a = load_file(a)
+    b = load_file(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -50,102 +81,136 @@ def members(folder):
     found = {}
     for path in sorted(glob.glob(os.path.join(folder, "*.tar"))):
         with tarfile.open(path) as tar:
-            for m in tar:
-                assert m.name not in found
-                found[m.name] = tar.extractfile(m).read()
+            for member in tar:
+                assert member.name not in found
+                found[member.name] = tar.extractfile(member).read()
     return found
 
 
 def tree(folder):
     """{relative path: bytes} of a partition's files."""
-    paths = [p for pattern in ("shards/*/*.tar", "clusters.*", "config.toml") for p in glob.glob(os.path.join(folder, pattern))]
-    return {os.path.relpath(p, folder): open(p, "rb").read() for p in paths}
+    found = {}
+    for pattern in ("shards/*/*.tar", "clusters.*", "config.toml"):
+        for path in folder.glob(pattern):
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
 
 
-# ---- stage 1 ------------------------------------------------------------------------------------------------------
+def status(run, name):
+    return (run / "checkpoints" / name / "status").read_text()
 
-def test_partition_holds_every_member_of_every_sample_once_byte_for_byte(tars, clustered):
+
+# ---- stage 1 -------------------------------------------------------------------------------------
+
+def test_partition_holds_every_member_once_byte_for_byte(tars, clustered):
     parts = [members(clustered / "shards" / str(k)) for k in range(3)]
     assert all(parts)
-    together = {name: payload for part in parts for name, payload in part.items()}
-    assert sum(map(len, parts)) == len(together)        # disjoint
+    together = parts[0] | parts[1] | parts[2]
+    # disjoint
+    assert sum(map(len, parts)) == len(together)
     assert together == members(tars)
 
 
-def test_router_s_shard_is_all_of_a_small_set_with_each_sample_s_cluster(tars, clustered):
-    router = members(clustered / "shards" / "router")
-    clusters = {name: int(payload) for name, payload in router.items() if name.endswith(".cluster")}
-    assert {n: p for n, p in router.items() if not n.endswith(".cluster")} == members(tars)
+def test_router_s_shard_is_all_of_a_small_set_with_its_clusters(tars, clustered):
+    images = members(clustered / "shards" / "router")
+    clusters = {}
+    for name in list(images):
+        if name.endswith(".cluster"):
+            clusters[name.removesuffix(".cluster")] = int(images.pop(name))
+    assert images == members(tars)
     for k in range(3):
-        keys = {n[:-4] for n in members(clustered / "shards" / str(k)) if n.endswith(".png")}
-        assert keys == {n[:-8] for n, cluster in clusters.items() if cluster == k}
+        shard = members(clustered / "shards" / str(k))
+        keys = {name.removesuffix(".png") for name in shard if name.endswith(".png")}
+        assert keys == {key for key, cluster in clusters.items() if cluster == k}
 
 
-def test_router_s_subset_is_exactly_as_large_as_configured_and_in_the_data_s_proportions(tars, config, tmp_path):
+def test_router_s_subset_has_its_size_and_the_data_s_proportions(tars, config, tmp_path):
     run = tmp_path / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--cluster.router_images", 120)
-    labels = [int(p) for n, p in members(run / "shards" / "router").items() if n.endswith(".cluster")]
-    counts = load_file(run / "clusters.safetensors")["counts"]
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config,
+            "--cluster.router_images", 120)
+    subset = members(run / "shards" / "router")
+    labels = [int(payload) for name, payload in subset.items() if name.endswith(".cluster")]
+    counts = load_file(run / "clusters.safetensors")["counts"].numpy()
     assert len(labels) == 120 and counts.sum() == 240
-    assert np.abs(np.bincount(labels, minlength=3) / 120 - counts.numpy() / 240).max() < 0.12     # 2.7 standard deviations
+    # 2.7 standard deviations
+    assert np.abs(np.bincount(labels, minlength=3) / 120 - counts / 240).max() < 0.12
     assert labels != sorted(labels)
 
 
 def test_clusters_file_has_what_the_design_promises(clustered, tars):
     tensors = load_file(clustered / "clusters.safetensors")
     F, D = tensors["fine_centroids"].shape
-    assert F == 6 and tensors["coarse_centroids"].shape == (3, D) and tensors["fine_to_coarse"].shape == (6,)
+    assert F == 6
+    assert tensors["coarse_centroids"].shape == (3, D)
+    assert tensors["fine_to_coarse"].shape == (6,)
     with safe_open(clustered / "clusters.safetensors", "pt") as f:
         assert list(f.metadata()) == ["nanoddm"]
         metadata = json.loads(f.metadata()["nanoddm"])
     assert {"fingerprint", "extractor", "seed", "assign"} <= metadata.keys()
     features = load_file(clustered / "features" / "00000.safetensors")
-    assert features["features"].shape == (100, D) and features["features"].dtype == torch.float16
+    assert features["features"].shape == (100, D)
+    assert features["features"].dtype == torch.float16
+
     # the images of a cluster are those whose features are nearest to its coarse centroid
-    nearest = torch.cdist(features["features"].double(), tensors["coarse_centroids"].double()).argmin(1)
+    distance = torch.cdist(features["features"].double(), tensors["coarse_centroids"].double())
+    nearest = distance.argmin(1)
     with tarfile.open(tars / "00000.tar") as tar:
-        keys = {m.offset: m.name[:-4] for m in tar if m.name.endswith(".png")}
+        keys = {m.offset: m.name.removesuffix(".png") for m in tar if m.name.endswith(".png")}
+    meant = {k: set() for k in range(3)}
+    for offset, k in zip(features["offsets"].tolist(), nearest.tolist(), strict=True):
+        meant[k].add(keys[offset])
     for k in range(3):
         with tarfile.open(clustered / "shards" / str(k) / "00000.tar") as tar:
-            assert {n[:-4] for n in tar.getnames()} == {keys[o] for o, c in zip(features["offsets"].tolist(), nearest) if c == k}
+            assert {name[:-4] for name in tar.getnames()} == meant[k]
     assert Image.open(clustered / "clusters.png").width > 500
 
 
 def test_partition_is_the_same_on_two_ranks(tars, config, clustered, tmp_path):
-    command("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "run", "--config", config, ranks=2)
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", tmp_path / "run",
+            "--config", config, ranks=2)
     assert tree(tmp_path / "run") == tree(clustered)
 
 
-def test_interrupted_clustering_goes_on_and_ends_the_same(tars, config, clustered, tmp_path):
+def test_interrupted_clustering_resumes_and_ends_the_same(tars, config, clustered, tmp_path):
     run = copy(clustered, tmp_path)
     os.remove(run / "features" / "00001.safetensors")
     (run / "features" / "00002.safetensors").write_bytes(b"damaged")
     os.remove(run / "shards" / "1" / "00002.tar")
     os.remove(run / "clusters.png")
-    kept = os.stat(run / "shards" / "1" / "00000.tar").st_mtime_ns
+    existing = run / "shards" / "1" / "00000.tar"
+    date = os.stat(existing).st_mtime_ns
     command("cluster.py", "--data", tars / "*.tar", "--run-dir", run)
-    assert tree(run) == tree(clustered) and os.stat(run / "shards" / "1" / "00000.tar").st_mtime_ns == kept
+    assert tree(run) == tree(clustered)
+    assert os.stat(existing).st_mtime_ns == date
+
+
+def fingerprint(run):
+    with safe_open(run / "clusters.safetensors", "pt") as f:
+        return json.loads(f.metadata()["nanoddm"])["fingerprint"]
 
 
 @pytest.mark.parametrize("rule", ["fine", "random"])
 def test_other_rules_of_assignment(tars, config, clustered, tmp_path, rule):
     run = tmp_path / "run"
-    done = command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--cluster.assign", rule)
-    tensors, old = load_file(run / "clusters.safetensors"), load_file(clustered / "clusters.safetensors")
-    assert torch.equal(tensors["coarse_centroids"], old["coarse_centroids"])
+    done = command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config,
+                   "--cluster.assign", rule)
+    tensors = load_file(run / "clusters.safetensors")
+    nearest_rule = load_file(clustered / "clusters.safetensors")
+    assert torch.equal(tensors["coarse_centroids"], nearest_rule["coarse_centroids"])
     assert "fingerprint" in done.stdout
+    assert fingerprint(run) != fingerprint(clustered)
     if rule == "random":
-        assert tensors["counts"].min() > 50     # of 80 expected
-    else:
-        features = torch.cat([load_file(p)["features"] for p in sorted(glob.glob(str(run / "features" / "*")))])
-        fine = torch.cdist(features.double(), tensors["fine_centroids"].double()).argmin(1)
-        assert torch.equal(tensors["fine_to_coarse"][fine].bincount(minlength=3), tensors["counts"])
-    read = lambda r: json.loads(safe_open(r / "clusters.safetensors", "pt").metadata()["nanoddm"])["fingerprint"]
-    assert read(run) != read(clustered)
+        # of 80 expected
+        assert tensors["counts"].min() > 50
+        return
+
+    features = [load_file(path)["features"] for path in sorted((run / "features").iterdir())]
+    distance = torch.cdist(torch.cat(features).double(), tensors["fine_centroids"].double())
+    labels = tensors["fine_to_coarse"][distance.argmin(1)]
+    assert torch.equal(labels.bincount(minlength=3), tensors["counts"])
 
 
 def test_unusable_samples_are_left_out_and_counted_by_cause(tars, config, tmp_path):
-    from ddm.tars import TarWriter
     folder = tmp_path / "in"
     shutil.copytree(tars, folder)
     with TarWriter(str(folder / "bad.tar")) as tar:
@@ -155,34 +220,51 @@ def test_unusable_samples_are_left_out_and_counted_by_cause(tars, config, tmp_pa
         tar.add("c.png", members(tars)["000000000.png"])
     torn = (tars / "00000.tar").read_bytes()[:20 * 2048 + 700]
     (folder / "torn.tar").write_bytes(torn)
-    done = command("cluster.py", "--data", folder / "0*.tar", folder / "bad.tar", "--run-dir", tmp_path / "run", "--config", config)
-    assert "240 images" in done.stdout
-    assert "3 skipped" in done.stdout and "no caption: 1, no image: 1, undecodable" in done.stdout
-    with open(tmp_path / "run" / "logs" / "cluster.skipped.csv", newline="") as f:
-        assert [(row["tar"], row["sample"], row["cause"].split(" (")[0]) for row in csv.DictReader(f)] == [
-            ("bad", "a", "undecodable"), ("bad", "b", "no image"), ("bad", "c", "no caption")]
-    done = command("cluster.py", "--data", folder / "t*.tar", "--run-dir", tmp_path / "torn", "--config", config, check=False)
+
+    run = tmp_path / "run"
+    done = command("cluster.py", "--data", folder / "0*.tar", folder / "bad.tar", "--run-dir", run,
+                   "--config", config)
+    assert "240 images" in done.stdout and "3 skipped" in done.stdout
+    assert "no caption: 1, no image: 1, undecodable" in done.stdout
+    with open(run / "logs" / "cluster.skipped.csv", newline="") as f:
+        listed = list(csv.DictReader(f))
+    assert [row["tar"] for row in listed] == ["bad"] * 3
+    assert [row["sample"] for row in listed] == ["a", "b", "c"]
+    causes = [row["cause"].split(" (")[0] for row in listed]
+    assert causes == ["undecodable", "no image", "no caption"]
+
+    done = command("cluster.py", "--data", folder / "t*.tar", "--run-dir", tmp_path / "torn",
+                   "--config", config, check=False)
     assert "torn.tar" in done.stderr and "the 20 usable images" in done.stderr
 
 
-# ---- stages 2 and 3 -----------------------------------------------------------------------------------------------
+# ---- stages 2 and 3 ------------------------------------------------------------------------------
 
 def test_training_writes_what_the_design_promises(trained):
-    _, info = artifacts.load(trained / "experts" / "1.safetensors")
-    assert info["shard"] == "1" and info["step"] == 6 and info["images"] == 6 * 8 and info["objective"] == "x0"
-    assert info["flops"] == 3 * artifacts.load(trained / "experts" / "1.safetensors")[0].flops() * 48
-    assert artifacts.read_info(trained / "experts" / "all.safetensors")["images"] == 6 * 24     # the monolith's batch is the ensemble's
+    expert, info = artifacts.load(trained / "experts" / "1.safetensors")
+    assert info["shard"] == "1" and info["objective"] == "x0"
+    assert info["step"] == 6 and info["images"] == 6 * 8
+    assert info["flops"] == 3 * plan.flops(expert.config) * 48
+    # the monolith's batch is the ensemble's
+    assert artifacts.read_info(trained / "experts" / "all.safetensors")["images"] == 6 * 24
     router, _ = artifacts.load(trained / "router.safetensors")
     assert isinstance(router, models.Router) and router.config.clusters == 3
-    fingerprints = {artifacts.read_info(p)["fingerprint"] for p in glob.glob(str(trained / "**" / "*.safetensors"), recursive=True)
-                    if "experts" in p or "router.safe" in p}
-    assert len(fingerprints) == 1
+
+    fingerprints = {artifacts.read_info(trained / "router.safetensors")["fingerprint"]}
+    for path in (trained / "experts").glob("*.safetensors"):
+        fingerprints.add(artifacts.read_info(path)["fingerprint"])
+    assert fingerprints == {fingerprint(trained)}
+
     for name in ("expert-0", "expert-all", "router"):
         log = rows(trained, name)
-        assert [r["step"] for r in log] == ["2", "4", "6"] and all(float(r["loss"]) > 0 and float(r["grad_norm"]) > 0 for r in log)
-        assert (trained / "checkpoints" / name / "status").read_text() == "finished 6\n"
-        assert len(os.listdir(trained / "checkpoints" / name)) == 3      # two checkpoints and the status
-    assert "acc_t4" in rows(trained, "router")[0] and "loss_t0" in rows(trained, "expert-0")[0]
+        assert [row["step"] for row in log] == ["2", "4", "6"]
+        for row in log:
+            assert float(row["loss"]) > 0 and float(row["grad_norm"]) > 0
+        assert status(trained, name) == "finished 6\n"
+        # two checkpoints and the status
+        assert len(os.listdir(trained / "checkpoints" / name)) == 3
+    assert "acc_t4" in rows(trained, "router")[0]
+    assert "loss_t0" in rows(trained, "expert-0")[0]
     assert Image.open(trained / "samples" / "expert-0-00000006.png").size[0] > 200
 
 
@@ -190,46 +272,76 @@ def test_finished_training_run_again_changes_nothing(trained, tmp_path):
     run = copy(trained, tmp_path)
     done = command("train_expert.py", "--run-dir", run, "--shard", 0)
     assert "finished at step 6" in done.stdout
-    assert same_tensors(run / "experts" / "0.safetensors", trained / "experts" / "0.safetensors") and rows(run, "expert-0") == rows(trained, "expert-0")
+    assert same_tensors(run / "experts" / "0.safetensors", trained / "experts" / "0.safetensors")
+    assert rows(run, "expert-0") == rows(trained, "expert-0")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_and_resumed_training_ends_in_the_same_bits(clustered, tmp_path, how):
     """Also: the log has the rows of an undisturbed run, and SIGTERM finishes its step and saves."""
     flags = ["--shard", "0", "--train.save_every", "7", "--train.log_every", "2"]
-    whole, broken = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
+    whole = copy(clustered, tmp_path / "a")
+    broken = copy(clustered, tmp_path / "b")
     process = begin("train_expert.py", "--run-dir", broken, *flags, "--train.steps", 100_000)
     wait_for_rows(process, broken, "expert-0", 6)
     process.send_signal(how)
     out = process.communicate(timeout=300)[0]
-    status = (broken / "checkpoints" / "expert-0" / "status").read_text()
-    assert status.startswith("to be continued")
+    said = status(broken, "expert-0")
+    assert said.startswith("to be continued")
     if how == signal.SIGTERM:
-        assert process.returncode == 128 + signal.SIGTERM and f"stopped by a signal, saved at step {status.split()[-1]};" in out
-    flags += ["--train.steps", int(rows(broken, "expert-0")[-1]["step"]) + 20]      # wherever it was
+        assert process.returncode == 128 + signal.SIGTERM
+        assert f"stopped by a signal, saved at step {said.split()[-1]};" in out
+
+    # wherever it was
+    flags += ["--train.steps", int(rows(broken, "expert-0")[-1]["step"]) + 20]
     assert "resumed" in command("train_expert.py", "--run-dir", broken, *flags).stdout
     command("train_expert.py", "--run-dir", whole, *flags)
-    assert same_tensors(whole / "experts" / "0.safetensors", broken / "experts" / "0.safetensors")
+    a = whole / "experts" / "0.safetensors"
+    b = broken / "experts" / "0.safetensors"
+    assert same_tensors(a, b)
     assert rows(whole, "expert-0") == rows(broken, "expert-0")
-    assert (whole / "experts" / "0.safetensors").read_bytes() == (broken / "experts" / "0.safetensors").read_bytes()
+    assert a.read_bytes() == b.read_bytes()
 
 
-def test_two_ranks_killed_between_saves_and_rows_go_on_to_the_same_bits(clustered, tmp_path):
+def test_two_ranks_killed_between_saves_resume_to_the_same_bits(clustered, tmp_path):
     flags = ["--shard", "all", "--train.save_every", "7", "--train.log_every", "4"]
-    whole, broken = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
-    process = begin("train_expert.py", "--run-dir", broken, *flags, "--train.steps", 100_000, ranks=2)
+    whole = copy(clustered, tmp_path / "a")
+    broken = copy(clustered, tmp_path / "b")
+    process = begin("train_expert.py", "--run-dir", broken, *flags, "--train.steps", 100_000,
+                    ranks=2)
     wait_for_rows(process, broken, "expert-all", 3)
-    for pid in filter(str.isdigit, os.listdir("/proc")):        # torchrun, its ranks and their decoding processes, at one blow
-        with contextlib.suppress(OSError):
-            if str(broken) in open(f"/proc/{pid}/cmdline").read():
+    # torchrun, its ranks and their decoding processes, at one blow
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as f:
+            if str(broken) in f.read():
                 os.kill(int(pid), signal.SIGKILL)
     process.communicate(timeout=300)
-    assert (broken / "checkpoints" / "expert-all" / "status").read_text().startswith("to be continued")
+    assert status(broken, "expert-all").startswith("to be continued")
+
     flags += ["--train.steps", int(rows(broken, "expert-all")[-1]["step"]) + 20]
     for run in (whole, broken):
         command("train_expert.py", "--run-dir", run, *flags, ranks=2)
     assert rows(whole, "expert-all") == rows(broken, "expert-all")
-    assert (whole / "experts" / "all.safetensors").read_bytes() == (broken / "experts" / "all.safetensors").read_bytes()
+    a = whole / "experts" / "all.safetensors"
+    b = broken / "experts" / "all.safetensors"
+    assert a.read_bytes() == b.read_bytes()
+
+
+FAILS = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import flow, train_expert
+from ddm import errors
+loss = flow.expert_loss
+
+def fail(*args):
+    if os.environ.get("RANK", "1") == "1":
+        raise RuntimeError("out of memory")
+    return loss(*args)
+
+flow.expert_loss = fail
+errors.script(train_expert.main)
+"""
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
@@ -237,30 +349,27 @@ def test_a_failure_ends_the_training_instead_of_hanging(clustered, tmp_path, ran
     """On the last rank alone, with decoding processes at work that ignore signals."""
     run = copy(clustered, tmp_path)
     script = tmp_path / "fails.py"
-    script.write_text("import os, sys; sys.path.insert(0, os.getcwd()); import flow, train_expert; from ddm import errors\n"
-                      "loss = flow.expert_loss\n"
-                      "def fail(*a):\n"
-                      "    if os.environ.get('RANK', '1') == '1': raise RuntimeError('out of memory')\n"
-                      "    return loss(*a)\n"
-                      "flow.expert_loss = fail\n"
-                      "errors.script(train_expert.main)\n")
-    done = command(script, "--run-dir", run, "--shard", "all", "--data.workers", 2, ranks=ranks, check=False, real=True)     # or it runs into its time limit
+    script.write_text(FAILS)
+    # or it runs into its time limit
+    done = command(script, "--run-dir", run, "--shard", "all", "--data.workers", 2, ranks=ranks,
+                   check=False, real=True)
     assert done.returncode == 1 and "out of memory" in done.stderr
 
 
-def test_weight_decay_and_learning_rate_may_change_on_a_resume_and_do(trained, tmp_path):
+def test_weight_decay_may_change_on_a_resume_and_does(trained, tmp_path):
     results = []
     for name, decay in (("a", 0), ("b", 50)):
         run = copy(trained, tmp_path / name)
-        command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 8, "--train.weight_decay", decay)
+        command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 8,
+                "--train.weight_decay", decay)
         results.append(run / "experts" / "0.safetensors")
     assert not same_tensors(*results)
 
 
-
 def test_an_export_that_is_gone_is_written_again(trained, tmp_path):
     run = copy(trained, tmp_path)
-    for path, script in ((run / "experts" / "0.safetensors", ["train_expert.py", "--shard", 0]), (run / "router.safetensors", ["train_router.py"])):
+    for path, script in ((run / "experts" / "0.safetensors", ["train_expert.py", "--shard", 0]),
+                         (run / "router.safetensors", ["train_router.py"])):
         before = path.read_bytes()
         os.remove(path)
         command(*script, "--run-dir", run)
@@ -270,46 +379,61 @@ def test_an_export_that_is_gone_is_written_again(trained, tmp_path):
 def test_one_cluster_is_one_expert_and_the_monolith(tars, config, tmp_path):
     """Also: bf16 training and export, runs of consecutive samples, random crops."""
     run = tmp_path / "run"
-    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config, "--experts", 1, "--data.shuffle_block", 8, "--data.crop", "random")
+    command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config,
+            "--experts", 1, "--data.shuffle_block", 8, "--data.crop", "random")
     for shard in (0, "all"):
-        command("train_expert.py", "--run-dir", run, "--shard", shard, "--train.precision", "bf16", "--train.export", "bf16")
+        command("train_expert.py", "--run-dir", run, "--shard", shard, "--train.precision", "bf16",
+                "--train.export", "bf16")
     command("train_router.py", "--run-dir", run, "--train.steps", 2)
-    assert same_tensors(run / "experts" / "0.safetensors", run / "experts" / "all.safetensors")
-    assert {t.dtype for t in load_file(run / "experts" / "0.safetensors").values()} == {torch.bfloat16}
-    for name, flags in (("full", ["--strategy", "full"]), ("once", ["--strategy", "once"]), ("all", ["--monolith"])):
-        sample(run, tmp_path / name, *flags)
+    expert = run / "experts" / "0.safetensors"
+    assert same_tensors(expert, run / "experts" / "all.safetensors")
+    assert {tensor.dtype for tensor in load_file(expert).values()} == {torch.bfloat16}
+
+    sample(run, tmp_path / "full", "--strategy", "full")
+    sample(run, tmp_path / "once", "--strategy", "once")
+    sample(run, tmp_path / "all", "--monolith")
     for other in ("once", "all"):
-        assert all(np.array_equal(a, b) for a, b in zip(pictures(tmp_path / "full"), pictures(tmp_path / other), strict=True))
+        assert np.array_equal(pictures(tmp_path / "full"), pictures(tmp_path / other))
 
 
 def test_a_checkpoint_cut_short_is_not_chosen(trained, tmp_path):
     run = copy(trained, tmp_path)
     folder = run / "checkpoints" / "expert-0"
-    os.rename(folder / "step-00000006", folder / "step-00000006.tmp")      # as it looks while it is written
+    # as it looks while it is written
+    os.rename(folder / "step-00000006", folder / "step-00000006.tmp")
     (folder / "step-00000005.tmp").mkdir()
-    assert "resumed at step 4" in command("train_expert.py", "--run-dir", run, "--shard", 0).stdout
-    assert sorted(os.listdir(folder)) == ["status", "step-00000004", "step-00000006"]      # what was left over is gone
+    done = command("train_expert.py", "--run-dir", run, "--shard", 0)
+    assert "resumed at step 4" in done.stdout
+    # what was left over is gone
+    assert sorted(os.listdir(folder)) == ["status", "step-00000004", "step-00000006"]
     assert same_tensors(run / "experts" / "0.safetensors", trained / "experts" / "0.safetensors")
 
 
-@pytest.mark.parametrize("script, name", [(["train_expert.py", "--shard", "all"], "expert-all"), (["train_router.py"], "router")])
-def test_two_ranks_and_micro_batches_give_the_curve_of_one_process(clustered, trained, tmp_path, script, name):
+@pytest.mark.parametrize("script, name", [
+    (["train_expert.py", "--shard", "all"], "expert-all"),
+    (["train_router.py"], "router"),
+])
+def test_two_ranks_and_micro_batches_give_the_curve_of_one_process(clustered, trained, tmp_path,
+                                                                   script, name):
     run = copy(clustered, tmp_path)
     command(*script, "--run-dir", run, "--train.micro_batch", 5, ranks=2)
     for one, two in zip(rows(trained, name), rows(run, name), strict=True):
         for column in one:
-            # AdamW's first steps are little more than the gradient's signs: rounding shows in its norm before it shows in the loss
+            # AdamW's first steps are little more than the gradient's signs: rounding shows in its
+            # norm before it shows in the loss
             rel = 1e-2 if column in ("grad_norm", "norm_max") else 2e-4
-            assert float(two[column] or 0) == pytest.approx(float(one[column] or 0), rel=rel, abs=1e-5), column
+            expected = pytest.approx(float(one[column] or 0), rel=rel, abs=1e-5)
+            assert float(two[column] or 0) == expected, column
 
 
-def test_a_run_saved_on_two_ranks_goes_on_on_one(clustered, trained, tmp_path):
+def test_a_run_saved_on_two_ranks_resumes_on_one(clustered, trained, tmp_path):
     run = copy(clustered, tmp_path)
-    command("train_expert.py", "--shard", "all", "--run-dir", run, "--train.steps", 3, "--train.save_every", 3, ranks=2)
-    done = command("train_expert.py", "--shard", "all", "--run-dir", run)
+    flags = ["--shard", "all", "--run-dir", run]
+    command("train_expert.py", *flags, "--train.steps", 3, "--train.save_every", 3, ranks=2)
+    done = command("train_expert.py", *flags)
     assert "resumed at step 3" in done.stdout
-    one, two = rows(trained, "expert-all"), rows(run, "expert-all")
-    assert float(one[-1]["loss"]) == pytest.approx(float(two[-1]["loss"]), rel=2e-4)
+    one = float(rows(trained, "expert-all")[-1]["loss"])
+    assert float(rows(run, "expert-all")[-1]["loss"]) == pytest.approx(one, rel=2e-4)
 
 
 def test_an_expert_needs_its_own_folder_alone_and_no_network(clustered, trained, tmp_path):
@@ -318,65 +442,77 @@ def test_an_expert_needs_its_own_folder_alone_and_no_network(clustered, trained,
         shutil.rmtree(run / "shards" / other)
     shutil.rmtree(run / "features")
     unshare = ["unshare", "-rn"] if works("unshare", "-rn", "true") else []
-    done = subprocess.run([*unshare, *command_line("train_expert.py", "--run-dir", run, "--shard", 2)], cwd=ROOT, capture_output=True, text=True,
-                          env=ENVIRONMENT)
+    line = [*unshare, *command_line("train_expert.py", "--run-dir", run, "--shard", 2)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    assert (run / "experts" / "2.safetensors").read_bytes() == (trained / "experts" / "2.safetensors").read_bytes()
+    meant = (trained / "experts" / "2.safetensors").read_bytes()
+    assert (run / "experts" / "2.safetensors").read_bytes() == meant
 
 
 def test_training_learns(clustered, tmp_path):
     run = copy(clustered, tmp_path)
-    command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 150, "--train.log_every", 25, "--data.workers", 0)
-    command("train_router.py", "--run-dir", run, "--train.steps", 150, "--train.log_every", 25, "--data.workers", 0)
-    expert, router = rows(run, "expert-0"), rows(run, "router")
+    flags = ["--train.steps", 150, "--train.log_every", 25, "--data.workers", 0]
+    command("train_expert.py", "--run-dir", run, "--shard", 0, *flags)
+    command("train_router.py", "--run-dir", run, *flags)
+    expert = rows(run, "expert-0")
+    router = rows(run, "router")[-1]
     assert float(expert[-1]["loss"]) < 0.5 * float(expert[0]["loss"])
-    assert float(router[-1]["acc_t0"]) > 0.8 and float(router[-1]["acc_t0"]) > float(router[-1]["acc_t4"]) - 0.05
+    assert float(router["acc_t0"]) > 0.8
+    assert float(router["acc_t0"]) > float(router["acc_t4"]) - 0.05
 
 
-def test_router_s_default_length_is_4_percent_of_the_training_flops(clustered, tmp_path):
+def test_router_s_default_length_is_4_percent_of_the_training_flops(clustered, trained, tmp_path):
     run = copy(clustered, tmp_path)
     done = command("train_router.py", "--run-dir", run, "--train.router.steps", 0)
-    expert = models.DiT(models.ModelConfig(8, 3, 32, 1, 2, 2, "text", vocab=64, length=4)).flops() * 6 * 24
-    router = models.Router(models.ModelConfig(8, 3, 32, 1, 2, 2, "text", vocab=64, length=4, clusters=3)).flops() * 24
+    expert, _ = artifacts.load(trained / "experts" / "0.safetensors")
+    router, _ = artifacts.load(trained / "router.safetensors")
+    experts_flops = plan.flops(expert.config) * 6 * 24
+    meant = -(-0.04 * experts_flops // (plan.flops(router.config) * 24))
     steps = int(rows(run, "router")[-1]["step"])
-    assert steps == -(-0.04 * expert // router) and f"{steps} steps" in done.stdout
+    assert steps == meant
+    assert f"{steps} steps" in done.stdout
     assert f"are {steps} steps of the router, which may be too few" in done.stderr
 
 
 def test_too_many_unreadable_samples_stop_the_training(clustered, tmp_path):
     run = copy(clustered, tmp_path)
-    for path in glob.glob(str(run / "shards" / "0" / "*.tar")):
-        data = bytearray(open(path, "rb").read())
+    for path in (run / "shards" / "0").glob("*.tar"):
+        damaged = bytearray(path.read_bytes())
         with tarfile.open(path) as tar:
-            pictures = [m.offset_data for m in tar if m.name.endswith(".png")]
-        for offset in pictures[::2]:
-            data[offset:offset + 8] = bytes(8)
-        open(path, "wb").write(data)
-    done = command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 20, check=False)
-    assert done.returncode == 2 and "data.max_bad = 0.01" in done.stderr.splitlines()[-1]
+            images = [member.offset_data for member in tar if member.name.endswith(".png")]
+        for offset in images[::2]:
+            damaged[offset:offset + 8] = bytes(8)
+        path.write_bytes(damaged)
+    done = command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 20,
+                   check=False)
+    assert done.returncode == 2
+    assert "data.max_bad = 0.01" in done.stderr.splitlines()[-1]
     done = command("train_expert.py", "--run-dir", run, "--shard", 0, "--data.max_bad", 0.9)
     assert int(rows(run, "expert-0")[-1]["bad"]) > 5 and "undecodable" in done.stderr
 
 
-# ---- all stages, other conditions -----------------------------------------------------------------------------------
+# ---- all stages, other conditions ----------------------------------------------------------------
 
-def test_a_class_conditional_run_and_an_unconditional_one_work_end_to_end(tars, config, tmp_path):
-    from ddm.tars import TarWriter
+@pytest.mark.parametrize("condition", ["class", "none"])
+def test_a_run_with_another_condition_works_end_to_end(tars, config, tmp_path, condition):
+    images = {name: payload for name, payload in members(tars).items() if name.endswith(".png")}
     with TarWriter(str(tmp_path / "classes.tar")) as tar:
-        for i, (name, payload) in enumerate(sorted((n, p) for n, p in members(tars).items() if n.endswith(".png"))):
-            tar.add(name, payload)
-            tar.add(name[:-3] + "cls", str(i % 7).encode())
-    for condition, flags in (("class", ["--class", 0, "--class", 6]), ("none", [])):
-        run = tmp_path / condition
-        command("cluster.py", "--data", tmp_path / "classes.tar", "--run-dir", run, "--config", config, "--experts", 2,
-                "--data.condition", condition, "--data.classes", 7)
-        command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 2)
-        give(run, 0, 1)
-        command("train_router.py", "--run-dir", run, "--train.steps", 2)
-        n = 2 if flags else 11
-        command("sample.py", "--run-dir", run, *flags, "--num-images", n, "--steps", 2, "--out", run / "out")
-        assert len(pictures(run / "out")) == (4 if flags else 11)
-    done = inside("sample.py", "--run-dir", tmp_path / "none", "--cfg", 2)
-    assert done.returncode == 2 and "condition = none: --sample.cfg does nothing" in done.stderr
-    done = command("sample.py", "--run-dir", tmp_path / "class", "--class", 7, check=False)
-    assert done.returncode == 2 and "--class 7 is not one of 0..6" in done.stderr
+        for i, name in enumerate(sorted(images)):
+            tar.add(name, images[name])
+            tar.add(name.replace(".png", ".cls"), str(i % 7).encode())
+
+    run = tmp_path / "run"
+    command("cluster.py", "--data", tmp_path / "classes.tar", "--run-dir", run, "--config", config,
+            "--experts", 2, "--data.condition", condition, "--data.classes", 7)
+    command("train_expert.py", "--run-dir", run, "--shard", 0, "--train.steps", 2)
+    give(run, 0, 1)
+    command("train_router.py", "--run-dir", run, "--train.steps", 2)
+
+    flags = ["--class", 0, "--class", 6, "--num-images", 2]
+    if condition == "none":
+        flags = ["--num-images", 11]
+    command("sample.py", "--run-dir", run, *flags, "--steps", 2, "--out", run / "out")
+    assert len(pictures(run / "out")) == (4 if condition == "class" else 11)
+    if condition == "class":
+        done = inside("sample.py", "--run-dir", run, "--class", 7)
+        assert done.returncode == 2 and "--class 7 is not one of 0..6" in done.stderr
