@@ -14,17 +14,19 @@ import math
 import os
 import sys
 
+# `python tools/shapes.py` finds the repository's modules from any folder
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import numpy as np  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
+import numpy as np
+from PIL import Image, ImageDraw
 
-from ddm.config import Parser, parse  # noqa: E402
-from ddm.errors import UserError, script  # noqa: E402
-from tools.to_tars import check_folder, write_shards  # noqa: E402
+from ddm.config import Parser, parse
+from ddm.errors import UserError, script
+from tools.to_tars import check_folder, write_shards
 
 SHAPES = ("circle", "square", "triangle", "cross")
 
+# red, green, blue in 0..255, before a little jitter
 SHAPE_COLOURS = {
     "red":    (230,  30,  30),
     "green":  ( 30, 190,  50),
@@ -40,6 +42,7 @@ SHAPE_ALONE = 1 / 3
 
 def draw_shape(rng, size):
     """One captioned image of size x size pixels: -> (PIL image, caption)."""
+    # the order of these draws is part of the data set: a new one belongs at the end
     colour = rng.choice(list(SHAPE_COLOURS))
     shape = rng.choice(SHAPES)
 
@@ -48,6 +51,7 @@ def draw_shape(rng, size):
     r = big * rng.uniform(0.26, 0.42)
     x, y = rng.uniform(r, big - r, 2)
 
+    # dark, so that every colour stands out from it
     background = rng.integers(0, 50, 3)
     fill = np.array(SHAPE_COLOURS[colour]) + rng.integers(-10, 11, 3)
     fill = tuple(fill.clip(0, 255).tolist())
@@ -93,6 +97,7 @@ def main():
     if min(args.images, args.size, args.per_tar) < 1 or args.seed < 0:
         raise UserError(f"--images {args.images}, --size {args.size} and --per-tar {args.per_tar} "
                         f"must be at least 1, --seed {args.seed} at least 0")
+    # a second call with the same number of images may replace the first one's
     check_folder(args.out, tars=math.ceil(args.images / args.per_tar))
 
     samples = draw_samples(args.images, args.size, args.seed)

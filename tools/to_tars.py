@@ -14,19 +14,21 @@ import sys
 import tarfile
 from dataclasses import dataclass, field
 
+# `python tools/to_tars.py` finds the repository's modules from any folder
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from ddm.config import Parser, parse  # noqa: E402
-from ddm.errors import UserError, script  # noqa: E402
-from ddm.process import progress  # noqa: E402
-from ddm.tars import TarWriter  # noqa: E402
+from ddm.config import Parser, parse
+from ddm.errors import UserError, script
+from ddm.process import progress
+from ddm.tars import TarWriter
 
 
 @dataclass
 class Written:
     """What write_shards wrote."""
     images: int = 0
-    classes: set = field(default_factory=set)       # the payloads of KEY.cls
+    # the payloads of KEY.cls
+    classes: set = field(default_factory=set)
 
 
 def shard_name(number):
@@ -47,9 +49,9 @@ def check_folder(out, tars=0):
 
 
 def write_shards(out, samples, per_tar, total=None):
-    """Packs samples (key, {extension: payload}) into DIR/00000.tar, ..., per_tar in each -> Written.
+    """Packs samples (key, {extension: payload}) into OUT/00000.tar, ..., per_tar in each.
 
-    total: their number, if it is known.
+    total: their number, if it is known. -> Written
     """
     written = Written()
     samples = iter(progress(samples, desc="writing", unit=" images", total=total))
@@ -75,6 +77,7 @@ def read_imagenet(path):
             names = sorted(m.name for m in outer if m.isfile() and m.name.endswith(".tar"))
             if not names:
                 raise UserError(f"--imagenet {path} holds no tars of classes; {remedy}")
+            # the classes in the order of their names, wherever they stand in the tar
             for number, name in enumerate(names):
                 label = str(number).encode()
                 for key, payload in read_class(outer.extractfile(name)):
@@ -87,6 +90,7 @@ def read_class(file):
     """Yields (key, payload) of the images in the tar of one class."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
+            # n01440764_18.JPEG -> n01440764_18; the extension becomes .jpg
             key = os.path.basename(member.name).partition(".")[0]
             yield key, tar.extractfile(member).read()
 
@@ -101,6 +105,7 @@ def main():
 
     if args.per_tar < 1:
         raise UserError(f"--per-tar {args.per_tar} must be at least 1")
+    # how many shards it will be is not known yet: the folder must hold none
     check_folder(args.out)
 
     written = write_shards(args.out, read_imagenet(args.imagenet), args.per_tar)

@@ -1,0 +1,1 @@
+"""Programs beside the stages: each makes or publishes something, none is needed to train."""
