@@ -68,7 +68,7 @@ from ddm.partition import (
     read_sample,
     write_manifests,
 )
-from ddm.pictures import picture_grid
+from ddm.pictures import image_grid
 from ddm.process import barrier, broadcast, gather, on_rank_0, progress, start, sum_over_ranks
 from ddm.skipped import check_skipped
 from ddm.tars import Source, TarWriter, check_unchanged, find_tars, read_source, scan_tar
@@ -558,7 +558,7 @@ def contact_sheet(partition, sizes):
         rows.append(first_images(partition.folders[k], SHOWN))
         captions.append(f"{k}: {n:,} ({n / sum(sizes):.1%})")
     with atomic(os.path.join(partition.run_dir, "clusters.png")) as temporary:
-        picture_grid(rows, captions).save(temporary, "PNG")
+        image_grid(rows, captions).save(temporary, "PNG")
 
 
 def first_images(folder, count):

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from ddm.pictures import picture_grid
+from ddm.pictures import image_grid
 
 SHOWN = 10
 
@@ -54,7 +54,7 @@ def main():
     average = lambda x, y: ((x.astype(int) + y) // 2).astype(np.uint8)
     rows = [a[shown], b[shown], average(a[shown], b[shown]), b[other[shown]], average(a[shown], b[other[shown]])]
     names = [os.path.splitext(os.path.basename(path))[0] for path in (args.first, args.second)]
-    picture_grid(rows, [names[0], f"{names[1]}, equal noise", "average of these two", f"{names[1]}, different noise", "average with the first"]).save(args.out)
+    image_grid(rows, [names[0], f"{names[1]}, equal noise", "average of these two", f"{names[1]}, different noise", "average with the first"]).save(args.out)
     print(f"pairs and averages in {args.out}")
 
 

@@ -25,7 +25,7 @@ from ddm import encoders, plan
 from ddm.engine import dispensable
 from ddm.errors import UserError
 from ddm.files import atomic
-from ddm.pictures import picture_grid
+from ddm.pictures import image_grid
 from ddm.process import gather, progress, sum_over_ranks
 from model import null_condition
 
@@ -422,7 +422,7 @@ def save_samples(engine, config, data, space, folder, side=4, solver_steps=25):
     with dispensable("the samples"):
         images = space.pictures(x).cpu().numpy()
         with atomic(path) as temporary:
-            picture_grid(images.reshape(side, side, *images.shape[1:])).save(temporary, "PNG")
+            image_grid(images.reshape(side, side, *images.shape[1:])).save(temporary, "PNG")
 
 
 def sample_ema(engine, config, space, x, c, solver_steps):
