@@ -73,6 +73,7 @@ def index_tar(path, mapped=True):
     """
     file = f"{path}.idx"
     tar = os.stat(path)
+    # the file's first row, which says what the others are the index of
     head = np.zeros(INDEX_COLUMNS, np.int64)
     head[:3] = INDEX_VERSION, tar.st_size, tar.st_mtime_ns
 
@@ -85,6 +86,7 @@ def index_tar(path, mapped=True):
     except BadSample as error:
         raise UserError(f"{path} is {error}", local=True) from None
     rows = np.array(rows, np.int64).reshape(-1, INDEX_COLUMNS)
+
     try:
         with atomic(file) as temporary:
             np.concatenate([head[None], rows]).tofile(temporary)
@@ -156,6 +158,7 @@ def permute(i, n, *key):
     array of them.
     """
     bits = max(2, (n - 1).bit_length())
+    # a number's two halves, which each change the other in turn
     low_bits = bits // 2
     low_mask = (1 << low_bits) - 1
     high_mask = (1 << bits - low_bits) - 1
@@ -232,6 +235,7 @@ def _decode(payload, least):
     # Pillow would only warn, up to twice as many
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    # JPEGs alone
     if least:
         image.draft("RGB", (least, least))
     image.load()
@@ -460,6 +464,7 @@ class TarDataset(torch.utils.data.Dataset):
         mirror = self.flip and mirror < 0.5
         if self.latent:
             moments = image[int(mirror)].float()
+            # without a posterior the autoencoder is deterministic: there is but the latent itself
             x = moments[0]
             if self.posterior:
                 mean, std = moments.unbind()
@@ -477,6 +482,7 @@ class TarDataset(torch.utils.data.Dataset):
             "eps": noise[0],
             "bad": bad,
         }
+        # an image is encoded later, and sampled from its posterior then
         if self.posterior and not self.latent:
             item["post"] = noise[1]
         return item
@@ -506,6 +512,7 @@ class TarDataset(torch.utils.data.Dataset):
         """
         number = self.order(position)
         bad = []
+        # so many in a row: the data, not a sample, is unusable
         while len(bad) <= 100:
             try:
                 return *self.sample(number), bad
@@ -596,6 +603,7 @@ def collate(items):
         batch[key] = torch.tensor([item[key] for item in items], dtype=torch.float32)
     batch["k"] = torch.tensor([item["k"] for item in items])
 
+    # captions for a pretrained encoder, which reads a batch of them at once
     batch["c"] = [item["c"] for item in items]
     if not isinstance(batch["c"][0], str):
         batch["c"] = torch.stack(batch["c"])

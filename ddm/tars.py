@@ -64,6 +64,7 @@ def retry_io(function, *args):
 
     BadSample if it stays so.
     """
+    # None: the last try
     for wait in (*RETRY, None):
         try:
             return function(*args)
@@ -137,6 +138,8 @@ class Sample:
     def add(self, extension, place, header_crc):
         """A member joins the sample. place: (offset, size) of its payload."""
         role = role_of(extension)
+
+        # a second one for this role
         if role in self.members:
             first, second = sorted((self.taken[role], extension), key=_precedence)
             self.others.append(second)
@@ -182,6 +185,7 @@ def split_name(name):
     """
     while name.startswith("./"):
         name = name[2:]
+
     folder, base = os.path.split(name)
     if base.startswith(".") or not set(LEFTOVERS).isdisjoint(folder.split("/")):
         return None
@@ -260,6 +264,7 @@ def scan_tar(path, notes=None, file=None):
                 sample.add(extension, (member.offset_data, member.size), member.crc)
                 blocks = -(-member.size // BLOCK)
                 sample.end = member.offset_data + blocks * BLOCK
+
             if not _ends_well(tar):
                 torn = "it does not end as a tar does"
     except OSError:
@@ -323,6 +328,7 @@ def scan_with_retries(path, notes=None):
             if notes is not None:
                 # counted anew
                 notes.hidden = 0
+
             for sample in itertools.islice(scan_tar(path, notes), done, None):
                 done += 1
                 yield sample
@@ -407,6 +413,7 @@ def _match(pattern):
     path = os.path.expanduser(pattern)
     if os.path.lexists(path):
         return [path]
+
     is_url = re.match(r"[a-z][a-z0-9+.-]*://", path)
     return [] if is_url else sorted(glob.glob(path, recursive=True))
 
@@ -502,6 +509,7 @@ def read_source(path, known=None):
 
 def _digest(path):
     with open(path, "rb") as f:
+        # before the bytes: if they change meanwhile, check_unchanged sees it
         now = os.fstat(f.fileno())
         return Source(
             bytes=now.st_size,

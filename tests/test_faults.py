@@ -1281,9 +1281,7 @@ FORBIDDEN = re.compile("|".join([
 
 
 def test_no_reader_unpickles_evaluates_or_extracts_what_it_reads():
-    """Artifacts are tars, images, JSON, TOML, CSV, .npz without pickles and safetensors: data,
-    never code.
-    """
+    """Artifacts are tars, images, JSON, TOML, CSV and safetensors: data, never code."""
     scripts = []
     for pattern in ("*.py", "ddm/*.py", "tools/*.py"):
         scripts += glob.glob(pattern, root_dir=ROOT)
