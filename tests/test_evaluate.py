@@ -42,9 +42,9 @@ def measured(run, data, *flags, table="models"):
     return results(run / "evaluation", table)[0]
 
 
-def open_tars(folder, *settings):
+def open_tars(folder, **settings):
     """A TarDataset of a folder's tars at 8 pixels."""
-    return TarDataset(sorted(map(str, folder.glob("*.tar"))), 8, *settings)
+    return TarDataset(sorted(map(str, folder.glob("*.tar"))), 8, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_a_damaged_log_costs_its_device_hours_alone(evaluated, tmp_path):
 
 def test_the_loss_is_eq_6_of_the_mixed_velocity_on_the_same_noise(evaluated, tars):
     """By hand, from flow.py: the mean over ten times, one in each tenth."""
-    data = open_tars(tars, "text", None)
+    data = open_tars(tars, condition="text", encode=None)
     team = Ensemble(evaluated[0], CPU)
     numbers = [3, 77, 239]
     space = evaluate.open_space(team, make_config(), {}, CPU)
