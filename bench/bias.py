@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import flow
 from data import to_uint8
 from ddm import features
@@ -27,6 +26,7 @@ from ddm.ensemble import Ensemble, beginnings
 from ddm.tars import TarWriter
 from tools.shapes import draw_shape
 
+ROOT = sys.path[0]
 SHARES = {"red": 0.60, "green": 0.25, "blue": 0.11, "white": 0.04}
 STRATEGIES = ("full", "once", "sample-1", "sample-2", "top-1", "top-2", "threshold-0.1",
               "nucleus-0.9")
