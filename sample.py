@@ -142,11 +142,13 @@ def main():
     args, given = parse(parser())
     config = read_config(args, given)
 
+    # all that can be refused is refused before the first image
     ranks = start(args.device)
     setup = open_models(args, config, given, device=ranks.device)
     output = choose_output(args)
     on_rank_0(lambda: clear_output(output, args.show_routing))
 
+    # each rank makes its part of the images
     since = time.monotonic()
     jobs = list_jobs(setup)
     mine = share_out(setup, jobs, ranks)
@@ -157,6 +159,7 @@ def main():
     if ranks.rank:
         return
 
+    # rank 0 writes what shows them all
     write_grid(setup, output, results)
     if args.show_routing:
         write_routing(setup, output, results)
@@ -168,15 +171,18 @@ def main():
 
 def read_config(args, given):
     """The run's config with the flags over it. UserError for what cannot be."""
+    # models alone are enough: without a config.toml the defaults hold
     path = os.path.join(args.run_dir, "config.toml")
     config = make_config(read_toml(path) if os.path.exists(path) else {}, given)
     check_sample(config.sample)
     if args.only:
+        # of one model, whatever the ensemble's is
         config.sample.strategy = "full"
 
     if args.num_images < 1 or args.batch < 1:
         raise UserError(f"--num-images {args.num_images} and --batch {args.batch} "
                         f"must be at least 1")
+    # the largest seed that torch takes, seed + i included
     if not 0 <= args.seed < 2 ** 63 - args.num_images:
         raise UserError(f"--seed {args.seed} must be from 0 to 2^63")
     extension = os.path.splitext(args.out)[1].lower()
@@ -218,6 +224,7 @@ def read_conditions(args, model, space):
     if model.condition == "class":
         return Prompts([f"class {k}" for k in args.classes], torch.tensor(args.classes))
 
+    # the negative prompt is encoded with the others, as their last
     captions = [normalise_text(text) for text in texts]
     if args.negative_prompt:
         texts = [*texts, args.negative_prompt]
@@ -297,6 +304,7 @@ def clear_output(output, show_routing):
     """
     if not output.folder:
         try_file(output.grid)
+        # a sheet of other images must not stay beside the grid
         if show_routing:
             try_file(output.routing)
         elif made_here(output.routing):
@@ -305,6 +313,7 @@ def clear_output(output, show_routing):
 
     folder = output.folder
     try_folder(folder)
+    # what has a name of ours makes room, if it is ours
     ours = re.compile(r"([0-9]{4,}|grid|routing)\.png")
     earlier = sorted(name for name in os.listdir(folder) if ours.fullmatch(name))
     foreign = [name for name in earlier if not made_here(os.path.join(folder, name))]
@@ -337,6 +346,7 @@ def share_out(setup, jobs, ranks):
         return mine
 
     # which expert makes which image is known beforehand: the router decides at t = 1
+    # (all batches first: they end where the expert changes, and here it is set)
     for batch in list(batches(mine, setup.args.batch)):
         noise, velocity = begin(setup, batch)
         t = torch.ones(len(batch), device=noise.device)
@@ -344,6 +354,7 @@ def share_out(setup, jobs, ranks):
         for job, k in zip(batch, weights.argmax(1).tolist(), strict=True):
             job.expert = k
 
+    # every rank learns of all, and takes its piece of one and the same order
     for part in gather({job.number: job.expert for job in mine}):
         for number, k in part.items():
             jobs[number].expert = k
@@ -373,6 +384,7 @@ def begin(setup, batch):
     calls = flow.evaluations(settings.steps, settings.solver)
     noise, u = beginnings([job.seed for job in batch], shape, calls, team.K)
 
+    # condition, what guidance leads away from, and who makes it: each may be None
     c = setup.prompts.c
     if c is not None:
         c = c[[job.prompt for job in batch]].to(team.device)
@@ -530,6 +542,7 @@ def save_sheet(setup, path, sheet):
 def write_grid(setup, output, results):
     """Writes the grid: a row for each prompt, each image framed in its main expert's colour."""
     shown = [result for result in results if result.image is not None]
+    # without a condition the images of a row have nothing in common
     captions = None
     columns = 8
     if setup.prompts.c is not None:
@@ -543,8 +556,10 @@ def write_grid(setup, output, results):
         images.append([result.image for result in row])
         frames.append([result.shares.index(max(result.shares)) for result in row])
     if captions:
+        # the grid may end before the prompts
         captions = captions[:len(images)]
     if setup.args.only:
+        # one model made all
         frames = None
     save_sheet(setup, output.grid, image_grid(images, captions, frames))
 
@@ -600,6 +615,7 @@ def total_cost(team):
 def report_cost(cost, results, seconds):
     """Says what an image took, beside what it would have taken of a single expert."""
     n = len(results)
+    # the mean expert's, of those that were used
     alone = sum(result.alone for result in results)
     single_flops = alone * cost.expert_flops / cost.expert_forwards
     print(f"forwards per sample: {cost.expert_forwards / n:.1f} of experts, "

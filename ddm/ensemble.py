@@ -124,6 +124,7 @@ class Ensemble:
         self.infos = {}
         unreadable = {}
         for k, path in found.items():
+            # a torn copy of one expert does not stop the others
             try:
                 info = read_model_info(path, DENOISER)
             except UserError as error:
@@ -162,6 +163,7 @@ class Ensemble:
             if its != ours:
                 raise UserError(f"{together}: {what} {its!r} / {ours!r}")
 
+        # wherever they were loaded from
         for role in ("autoencoder", "text"):
             its = info[role]
             ours = self.info[role]
@@ -193,6 +195,7 @@ class Ensemble:
         if name == "oracle" and number not in self.paths:
             raise UserError(f"strategy {settings.strategy!r}: there is no expert {number}, "
                             f"but {self.expert_names()}")
+        # one expert needs no router, and an oracle asks none
         if name != "oracle" and not self.routed and len(self.paths) > 1:
             raise UserError(f"{self.router_path} is missing: train it with "
                             f"train_router.py --run-dir {self.run_dir}, or copy it there")
@@ -236,7 +239,9 @@ class Ensemble:
         try:
             model, _ = artifacts.load(path, self.device, self.dtype)
         except ValueError as error:
+            # loaded when needed, so this rank may be alone with it
             raise UserError(str(error), local=True) from None
+        # guidance and students need gradients of none of it
         model.requires_grad_(False)
         self.cost[name] = plan.flops(model.config)
         if self.compile:
@@ -295,6 +300,7 @@ class Ensemble:
     def route(self, x_t: Tensor, t: Tensor, c: Tensor | None, temperature=1.0) -> Tensor:
         """p(k | x_t, t, c) [B,K] over the experts that are there (eq. 5), tempered."""
         self.forwards["router"] += len(x_t)
+        # its head is float32 in any precision
         logits = self.router(x_t.to(self.dtype), t, c).float() / temperature
         # the softmax renormalises over the others
         logits[:, self.missing] = float("-inf")
@@ -348,6 +354,7 @@ class Velocity:
         self.u = u
         self._check()
 
+        # guidance leads away from no condition
         if c_null is None:
             c_null = null_condition(team.config, c)
         self.conditional = Branch(c)
@@ -433,6 +440,7 @@ class Velocity:
         if name == "once":
             self.kept = flow.choose(self.strategy, branch.p, self.u[:, 0])
             return self.kept
+        # new numbers at each call, the same in both branches
         u = self.u[:, self.calls] if name in flow.DRAWING else None
         return flow.choose(self.strategy, branch.p, u)
 
@@ -465,6 +473,7 @@ def beginnings(seeds, shape, calls, K):
     """
     noise = []
     u = []
+    # on the CPU, and noise before u: both are part of what a seed means
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         noise.append(torch.randn(shape, generator=generator))
@@ -489,6 +498,7 @@ def find_models(run_dir, only=""):
     folder = os.path.join(run_dir, "experts")
     found = {}
     for path in glob.glob(os.path.join(glob.escape(folder), "*")):
+        # 0.safetensors, 12.safetensors; neither all.safetensors nor 007.safetensors
         match = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.safetensors", os.path.basename(path))
         if match:
             found[int(match[1])] = path

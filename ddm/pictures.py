@@ -53,6 +53,7 @@ def cut_label(text, font, width):
 
     # a thousand words need not be set to see that they are too long
     text = text[:width]
+    # how many characters fit, by halving
     fits = bisect.bisect_right(range(len(text) + 1), width,
                                key=lambda n: font.getlength(text[:n] + "..."))
     return text[:max(0, fits - 1)].rstrip() + "..."
@@ -82,6 +83,7 @@ def image_grid(rows, captions=None, frames=None):
         across = max(map(len, rows)) + 4 * bool(captions)
         columns = max(2, round((1.2 * len(rows) / across) ** 0.5))
 
+    # each column is a grid of its own, with its own margin for captions
     height = math.ceil(len(rows) / columns)
     parts = []
     for first in range(0, len(rows), height):
@@ -99,6 +101,7 @@ def image_grid(rows, captions=None, frames=None):
 
 def _grid_column(rows, captions, frames):
     """image_grid's rows below each other."""
+    # a whole factor keeps the pixels square
     side = rows[0][0].shape[0]
     side *= max(1, round(64 / side))
     gap = 6
@@ -165,6 +168,7 @@ def routing_sheet(rows, K):
 
     The upper strip stacks the router's p(k | x_t, t, c), the lower one the weights of the experts.
     """
+    # labels need room
     side = max(64, rows[0].images[0][1].shape[0])
     width = (COLUMNS + 1) * (side + GAP)
     sheet_rows = [_routing_row(row, side, width) for row in rows]
@@ -215,6 +219,7 @@ def _routing_row(row, side, width):
     for i, (t, image) in enumerate(row.images):
         x = GAP + i * (side + GAP)
         sheet.paste(_enlarged(image, side), (x, LINE))
+        # on the image, in white with a black edge: legible on any
         label = f"t = {t:.2f}" if t else "sample"
         draw.text((x + 3, LINE + side - 15), label, "white", font, stroke_width=1,
                   stroke_fill="black")
@@ -239,6 +244,7 @@ def _draw_stack(draw, across, down, shares):
         upper = top + round(edge * height)
         edge += share
         lower = top + round(edge * height) - 1
+        # a share of less than a pixel is left out
         if right >= left and lower >= upper:
             draw.rectangle((left, upper, right, lower), fill=_colour(k))
 

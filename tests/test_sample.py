@@ -13,7 +13,7 @@ from conftest import command, copy, give, inside, pictures, rewrite, sample, wor
 from PIL import Image
 
 import flow
-from ddm import artifacts
+from ddm import artifacts, plan
 from ddm import pictures as sheets
 from ddm.config import make_config
 from ddm.ensemble import Ensemble, beginnings
@@ -255,7 +255,7 @@ def test_a_strategy_runs_as_many_forwards_as_its_table_says(mixed, strategy, exp
     flops = 0
     for name, sizes in batches.items():
         network = team.router if name == "router" else team.expert(name)
-        flops += sum(sizes) * network.flops()
+        flops += sum(sizes) * plan.flops(network.config)
     assert team.flops() == flops
     if kept:
         assert sorted(set(velocity.used.flatten().tolist())) == [0.0, 5.0]
@@ -514,7 +514,7 @@ COST = re.compile(r"per sample: ([\d.]+) of experts, ([\d.]+) of the router; (\S
 
 def test_the_end_says_what_it_cost(mixed, tmp_path):
     def flops(name):
-        return artifacts.load(mixed / name)[0].flops()
+        return plan.flops(artifacts.load(mixed / name)[0].config)
 
     experts = [flops(f"experts/{k}.safetensors") for k in range(3)]
     router = flops("router.safetensors")
