@@ -13,16 +13,6 @@ import os
 import sys
 
 
-def depth(frame, root):
-    """How many functions of the repository are on the stack."""
-    count = 0
-    while frame is not None:
-        path = frame.f_code.co_filename
-        count += os.path.abspath(path).startswith(root + os.sep) and ".venv" not in path
-        frame = frame.f_back
-    return count
-
-
 def main():
     kind, script, *flags = sys.argv[1:]
     root = os.path.dirname(os.path.abspath(script))
@@ -30,12 +20,11 @@ def main():
     sys.argv = [script, *flags]
     # in the order of first calls
     seen = {}
-    deepest = 0
     reads = 0
     noting = kind == "--sample"
 
     def note(frame, event, _):
-        nonlocal reads, noting, deepest
+        nonlocal reads, noting
         if event != "call":
             return
         code = frame.f_code
@@ -49,7 +38,6 @@ def main():
             noting = STEP_IMAGES < reads <= 2 * STEP_IMAGES
         if noting and not code.co_name.startswith("<"):
             seen[os.path.relpath(path, root), code.co_qualname] = None
-            deepest = max(deepest, depth(frame, root))
 
     stage = importlib.import_module(os.path.basename(script).removesuffix(".py"))
     sys.setprofile(note)
@@ -62,7 +50,7 @@ def main():
     order = [path for path, _ in seen]
     switches = sum(a != b for a, b in zip(order, order[1:], strict=False))
     print(f"{len(seen)} functions in {len(files)} files; read in the order of their first calls, "
-          f"{switches} times another file than the one before; {deepest} deep")
+          f"{switches} times another file than the one before")
     for path in files:
         names = sorted(name for other, name in seen if other == path)
         print(f"  {path}: {', '.join(names)}")
