@@ -60,7 +60,8 @@ heads = 2
 batch = {3 * BATCH}
 lr = 1e-3
 """
-# train_expert.py, but for a file ATTEMPT/RANK: a line for each step that has been taken, before it can be in a checkpoint, with its positions. And it goes
+# train_expert.py, but for a file ATTEMPT/RANK: a line for each step that has been taken, before it
+# can be in a checkpoint, with its positions. And it goes
 # no further than the step HOLD, so that a kill always finds it, however slow the one who kills
 DRIVER = f"""
 import os, sys, time
@@ -94,11 +95,13 @@ errors.script(train_expert.main)
 """
 
 
-# ---- what there is ------------------------------------------------------------------------------------------------
+# ---- what there is -------------------------------------------------------------------------------
 
 
 def processes(run):
-    """{pid: parent's pid} of the living processes that have the run in their command line: torchrun, its ranks and, forked, their decoding processes."""
+    """{pid: parent's pid} of the living processes that have the run in their command line:
+    torchrun, its ranks and, forked, their decoding processes.
+    """
     found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -129,7 +132,9 @@ TORN = {"save": "checkpoints/expert-0/step-*.tmp", "export": "experts/*.tmp"}
 
 
 def torn(run, what="save"):
-    """What is half written (or, checkpoints, half deleted), by name and inode: what a kill left behind is not the next attempt's."""
+    """What is half written (or, checkpoints, half deleted), by name and inode: what a kill left
+    behind is not the next attempt's.
+    """
     found = set()
     for path in glob.glob(os.path.join(run, TORN[what])):
         with contextlib.suppress(OSError):
@@ -169,7 +174,7 @@ def log(run):
         ]
 
 
-# ---- one attempt --------------------------------------------------------------------------------------------------
+# ---- one attempt ---------------------------------------------------------------------------------
 
 
 def begin(script, run, out, args):
@@ -269,7 +274,7 @@ def tell(number, found, after):
     )
 
 
-# ---- all of it ----------------------------------------------------------------------------------------------------
+# ---- all of it -----------------------------------------------------------------------------------
 
 
 def prepare(folder):
@@ -398,7 +403,8 @@ def chaos(folder, kills, saves, exports, steps, save_every, log_every, seed, pat
         hold = steps - 1 if number < kills else steps + 1
         agent = begin([driver, attempts[-1], str(hold)], broken, out, args)
         if number < kills:
-            # drawn uniformly over the time from its start to some steps later: in seconds at first, then in steps, whose time varies on a shared machine
+            # drawn uniformly over the time from its start to some steps later: in seconds at first,
+            # then in steps, whose time varies on a shared machine
             span, step_s = 1.5 * (steps - at) / (kills - number + 1), training / steps
             moment = rng.uniform(startup if aimed[number] else 0, startup + span * step_s)
             when = (

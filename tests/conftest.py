@@ -1,4 +1,6 @@
-"""A tiny run, made once by the commands themselves: 240 drawn shapes of 8 pixels, 3 experts of 20,000 weights; and tiny pretrained networks."""
+"""A tiny run, made once by the commands themselves: 240 drawn shapes of 8 pixels, 3 experts of
+20,000 weights; and tiny pretrained networks.
+"""
 
 import contextlib
 import glob
@@ -87,7 +89,8 @@ def command_line(*args, ranks=0):
 def command(*args, ranks=0, check=True, real=False):
     """Runs one of the scripts as a user would, on the CPU; -> CompletedProcess with text output.
 
-    real: by python or torchrun itself, where their own words and exit codes count; else by forks.py, which is quicker.
+    real: by python or torchrun itself, where their own words and exit codes count; else by
+    forks.py, which is quicker.
     """
     if real:
         done = subprocess.run(
@@ -105,7 +108,9 @@ def command(*args, ranks=0, check=True, real=False):
 
 
 def inside(script, *args):
-    """Runs a script's main() in this process, to spare the seconds that a start of torch takes; -> CompletedProcess."""
+    """Runs a script's main() in this process, to spare the seconds that a start of torch takes; ->
+    CompletedProcess.
+    """
     from ddm import errors
 
     main, code = importlib.import_module(script.removesuffix(".py")).main, 0
@@ -222,7 +227,7 @@ def trained(clustered, tmp_path_factory):
     return run
 
 
-# ---- pretrained networks: the real classes with random weights -----------------------------------------------------
+# ---- pretrained networks: the real classes with random weights -----------------------------------
 
 
 def clip_tokenizer():
@@ -280,7 +285,9 @@ def bert_tokenizer():
 
 @pytest.fixture(scope="session")
 def networks(tmp_path_factory):
-    """A folder of folders as save_pretrained writes them: dinov2, clip-image, clip, clip-2, t5, bert, bart, vae, tiny-vae."""
+    """A folder of folders as save_pretrained writes them: dinov2, clip-image, clip, clip-2, t5,
+    bert, bart, vae, tiny-vae.
+    """
     import diffusers
     import torch
     import transformers
@@ -396,7 +403,9 @@ def vae(**options):
 
 @pytest.fixture(scope="session")
 def latent_run(tars, config, networks, tmp_path_factory):
-    """A run in the real recipe's shape, trained: DINOv2 clusters, cached latents, SDXL's pair of text encoders. Do not change it, copy it."""
+    """A run in the real recipe's shape, trained: DINOv2 clusters, cached latents, SDXL's pair of
+    text encoders. Do not change it, copy it.
+    """
     run = tmp_path_factory.mktemp("latent") / "run"
     command(
         "cluster.py",

@@ -1,6 +1,7 @@
-"""Scripts in processes of their own, without the seconds that it takes each to import torch: a server that has imported it forks itself.
+"""Scripts in processes of their own, without the seconds that it takes each to import torch.
 
-A process begins where python would have come to after the imports: nothing of ours is imported yet, and it has its own environment, folder and output.
+A server that has imported it forks itself. A process begins where python would have come to after
+the imports: nothing of ours is imported yet, and it has its own environment, folder and output.
 """
 
 import atexit
@@ -41,7 +42,9 @@ CONTEXT.set_forkserver_preload(
 
 
 def run(args, cwd, environment, ranks=0, timeout=300):
-    """`python *args`, or so many ranks of it as torchrun would start them; -> CompletedProcess with text output. A rank that fails ends the others."""
+    """`python *args`, or so many ranks of it as torchrun would start them; -> CompletedProcess with
+    text output. A rank that fails ends the others.
+    """
     with tempfile.TemporaryDirectory() as folder:
         paths = [os.path.join(folder, name) for name in ("stdout", "stderr")]
         settings, store = [environment], None
@@ -65,7 +68,9 @@ def run(args, cwd, environment, ranks=0, timeout=300):
 
 
 def rank_settings(environment, ranks):
-    """-> (the environment of each rank, the store where they meet: it must live as long as they do)."""
+    """-> (the environment of each rank, the store where they meet: it must live as long as they
+    do).
+    """
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -85,7 +90,9 @@ def rank_settings(environment, ranks):
 
 
 def wait(processes, deadline):
-    """-> the first exit code that is not 0, or 0; None: they had not ended at the deadline, and were killed."""
+    """-> the first exit code that is not 0, or 0; None: they had not ended at the deadline, and
+    were killed.
+    """
     code, running = 0, list(processes)
     while running and code == 0:
         ended = multiprocessing.connection.wait(

@@ -1,4 +1,6 @@
-"""Faults while an expert trains: kills, a hung rank, damaged checkpoints, a full disk, gradients that are not finite. (bench/chaos.py is the long form.)"""
+"""Faults while an expert trains: kills, a hung rank, damaged checkpoints, a full disk, gradients
+that are not finite. (bench/chaos.py is the long form.)
+"""
 
 import contextlib
 import csv
@@ -59,14 +61,14 @@ def whole(clustered, tmp_path_factory):
     return run
 
 
-# ---- kills and hangs ----------------------------------------------------------------------------------------------
+# ---- kills and hangs -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_rank_torchrun_and_all_killed_one_after_the_other_leave_no_trace_in_weights_log_and_order_of_the_data(
-    tmp_path,
-):
-    """Also: torchrun ends when a rank has gone, and ranks end when torchrun has, before another attempt can begin."""
+def test_kills_of_a_rank_of_torchrun_and_of_all_leave_no_trace(tmp_path):
+    """Also: torchrun ends when a rank has gone, and ranks end when torchrun has, before another
+    attempt can begin.
+    """
     done = subprocess.run(
         [
             sys.executable,
@@ -141,7 +143,7 @@ def test_a_hung_rank_ends_the_run_which_is_to_be_continued(clustered, tmp_path):
     assert status(run).startswith("to be continued ")
 
 
-# ---- checkpoints --------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["a file cut short", "its state.json lost"])
@@ -237,7 +239,8 @@ def test_a_full_disk_costs_a_checkpoint_and_a_warning_and_training_goes_on(whole
     assert done.returncode == 0 and status(small_disk) == "finished 12\n"
     warnings = [line for line in done.stderr.splitlines() if "could not be written" in line]
     assert len(warnings) == 1 and re.search(
-        r"^warning: expert-0: the checkpoint of step 8 .*No space left.*The former one is kept, and training goes on",
+        r"^warning: expert-0: the checkpoint of step 8 .*No space left.*The former one is kept, "
+        r"and training goes on",
         warnings[0],
     )
     assert (
@@ -269,7 +272,7 @@ def test_a_disk_full_at_the_end_is_an_error_of_one_line_and_the_former_checkpoin
     assert weights(small_disk) == weights(whole) and rows(small_disk) == rows(whole)
 
 
-# ---- gradients that are not finite --------------------------------------------------------------------------------
+# ---- gradients that are not finite ---------------------------------------------------------------
 
 POISON = """
 import os, sys
@@ -280,7 +283,8 @@ loss, calls, first, last = flow.expert_loss, 0, int(sys.argv.pop(1)), int(sys.ar
 def poisoned(*args):
     global calls
     calls += 1
-    return loss(*args) * (float("nan") if first <= calls <= last and os.environ["RANK"] == "1" else 1)
+    spoil = first <= calls <= last and os.environ["RANK"] == "1"
+    return loss(*args) * (float("nan") if spoil else 1)
 flow.expert_loss = poisoned
 errors.script(train_expert.main)
 """

@@ -1,4 +1,6 @@
-"""The engine: sharded like replicated like alone, activation checkpointing, one graph a block, checkpoints in the background; and the plan of it."""
+"""The engine: sharded like replicated like alone, activation checkpointing, one graph a block,
+checkpoints in the background; and the plan of it.
+"""
 
 import csv
 import json
@@ -65,7 +67,7 @@ def same_rows(run, other, name, rel=1e-5):
             ), column
 
 
-# ---- blocks ---------------------------------------------------------------------------------------------------------
+# ---- blocks --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,7 +247,7 @@ def test_one_writer_writes_each_checkpoint_as_the_state_was(tmp_path, monkeypatc
         assert all(torch.equal(found["ema"][k], e) for k, e in average.items())
 
 
-# ---- gradients that are not finite, whatever the optimiser ------------------------------------------------------------
+# ---- gradients that are not finite, whatever the optimiser ---------------------------------------
 
 
 def muon_and_adamw(model):
@@ -298,7 +300,7 @@ def test_any_optimiser_resumes_with_the_same_bits(tmp_path, name):
         assert torch.equal(p, again.weights()[k])
 
 
-# ---- samples while training -----------------------------------------------------------------------------------------
+# ---- samples while training ----------------------------------------------------------------------
 
 
 class Stub:
@@ -325,7 +327,8 @@ LACKING = [
     MemoryError(),
     RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you "
+        "tried to allocate 9 bytes"
     ),
 ]
 
@@ -418,7 +421,7 @@ def test_no_more_is_sampled_at_once_than_a_micro_batch(tmp_path, monkeypatch):
     assert max(sizes) == 16
 
 
-# ---- the EMA weights ----------------------------------------------------------------------------------------------------
+# ---- the EMA weights -----------------------------------------------------------------------------
 
 
 def test_ema_weights_are_the_formula_s_and_swapping_them_twice_changes_nothing(tmp_path):
@@ -499,7 +502,7 @@ def test_a_checkpoint_holds_the_moment_it_was_made_while_training_goes_on(tmp_pa
     assert all(torch.equal(e, ema[k]) for k, e in again.ema().items())
 
 
-# ---- ranks ----------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -550,7 +553,9 @@ def test_sharded_training_gives_the_losses_and_the_average_of_one_process(
 
 
 def test_sharded_training_in_bf16_follows_one_process_in_bf16(clustered, tmp_path):
-    """To bf16's rounding: FSDP's gathered weights are bf16 where autocast would leave fp32. Pictures are drawn as well."""
+    """To bf16's rounding: FSDP's gathered weights are bf16 where autocast would leave fp32.
+    Pictures are drawn as well.
+    """
     flags = ["--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.precision", "bf16"]
     one, two = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
     command("train_expert.py", "--run-dir", one, *flags)
@@ -603,7 +608,10 @@ def test_compiled_blocks_train_sharded(clustered, mmdit, tmp_path):
     run = copy(clustered, tmp_path)
     script = tmp_path / "traced.py"
     script.write_text(
-        "import os, sys; sys.path.insert(0, os.getcwd()); import train_expert, functools; from ddm import engine, errors\n"
+        "import functools, os, sys\n"
+        "sys.path.insert(0, os.getcwd())\n"
+        "import train_expert\n"
+        "from ddm import engine, errors\n"
         "engine.prepare_blocks = functools.partial(engine.prepare_blocks, backend='aot_eager')\n"
         "errors.script(train_expert.main)\n"
     )
@@ -634,9 +642,11 @@ def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line_and_the_former_
     run = copy(clustered, tmp_path)
     flags = ["--run-dir", run, "--shard", 0, "--train.save_every", 2, "--data.workers", 0]
     command("train_expert.py", *flags, "--train.steps", 2)
-    limit = lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (300_000, 300_000)
-    )  # the model's file is smaller, a checkpoint larger
+
+    def limit():
+        # the model's file is smaller, a checkpoint larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
     done = subprocess.run(
         command_line("train_expert.py", *flags),
         cwd=ROOT,
@@ -656,7 +666,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line_and_the_former_
     assert "resumed at step 2" in command("train_expert.py", *flags).stdout
 
 
-# ---- the log --------------------------------------------------------------------------------------------------------
+# ---- the log -------------------------------------------------------------------------------------
 
 
 def test_a_profile_is_a_trace_and_the_log_has_speed_and_memory(clustered, tmp_path):
@@ -690,7 +700,7 @@ def test_peak_rates_are_found_by_the_names_that_devices_give_themselves(name, bf
     assert plan.peak_flops(name, bf16) == (tflops and tflops * 1e12)
 
 
-# ---- the plan -------------------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -716,7 +726,9 @@ def test_the_plan_counts_what_a_real_forward_pass_keeps(kind, bf16):
 
 
 def test_selective_checkpointing_keeps_products_and_attention_and_block_checkpointing_what_enters():
-    """By hand, for a deep DiT in fp32: adaLN 6 D; q, k, v, attention, projection and both layers of the MLP 3 + 1 + 1 + 4 + 1 of N D."""
+    """By hand, for a deep DiT in fp32: adaLN 6 D; q, k, v, attention, projection and both layers of
+    the MLP 3 + 1 + 1 + 4 + 1 of N D.
+    """
     config = models.ModelConfig(16, 3, dim=64, depth=24, heads=2, patch=2)
     N, D, image = 64, 64, plan.Memory(config, bf16=False).image
     assert image["selective"] - image["block"] == pytest.approx(
@@ -814,7 +826,10 @@ def test_as_many_teachers_as_fit_beside_the_training():
     need = plan.Memory(small("DiT").config, False)
     train = SimpleNamespace(micro_batch=0, activation_checkpointing="none", parallel="auto")
     sizes, alone = [100_000] * 8, need.configured(False, train, 2, 4)
-    memory = lambda room: (room + 1) / plan.USABLE
+
+    def memory(room):
+        return (room + 1) / plan.USABLE
+
     for fits in (1, 3, 8):
         assert need.teachers(train, 2, 4, sizes, memory(alone + fits * 100_000)) == fits
     assert need.teachers(train, 2, 4, sizes, 10**12) == 8

@@ -1,4 +1,6 @@
-"""Processes and their surroundings: failing ranks, locks, signals, shared memory, devices, what the file system refuses, text files."""
+"""Processes and their surroundings: failing ranks, locks, signals, shared memory, devices, what the
+file system refuses, text files.
+"""
 
 import errno
 import json
@@ -46,12 +48,14 @@ def error_of(done):
     return lines[0]
 
 
-# ---- a rank that fails ----------------------------------------------------------------------------------------------
+# ---- a rank that fails ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_failing_rank_ends_at_once_and_shows_its_traceback(tmp_path):
-    """Leaving the group is a collective with NCCL: here it is one that never ends, as it would be for a rank that fails alone."""
+    """Leaving the group is a collective with NCCL: here it is one that never ends, as it would be
+    for a rank that fails alone.
+    """
     (tmp_path / "stage.py").write_text(f"""
 import os, sys, time
 sys.path.insert(0, {ROOT!r})
@@ -74,7 +78,7 @@ ddm.errors.script(main)
     )
 
 
-# ---- locks ----------------------------------------------------------------------------------------------------------
+# ---- locks ---------------------------------------------------------------------------------------
 
 
 def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
@@ -88,7 +92,8 @@ def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
         }
         with pytest.raises(
             UserError,
-            match=f"expert-0 of runs/x is being worked on by process {os.getpid()} on {socket.gethostname()} since 20",
+            match=f"expert-0 of runs/x is being worked on by process {os.getpid()} on "
+            f"{socket.gethostname()} since 20",
         ):
             ddm.lock.Lock(path, "expert-0 of runs/x").__enter__()
     assert not path.exists()
@@ -203,7 +208,7 @@ def test_a_second_training_of_a_shard_is_refused_and_marks_nothing(clustered, tm
     assert train(run, 8).returncode == 0
 
 
-# ---- waiting for data -------------------------------------------------------------------------------------------------
+# ---- waiting for data ----------------------------------------------------------------------------
 
 
 def test_a_wait_for_data_that_lasts_is_ended_by_a_signal_and_saved(clustered, tmp_path):
@@ -320,7 +325,9 @@ def test_a_wait_in_the_first_step_leaves_nothing_that_cannot_be_resumed(clustere
 
 
 def test_shared_memory_is_compared_with_what_will_be_put_there(monkeypatch):
-    """By hand: a batch of 8 pictures of 4 x 4 and as much noise, each tensor in pages of 4096 bytes; 2 processes of 4 batches, and one in use, of 3 ranks."""
+    """By hand: a batch of 8 pictures of 4 x 4 and as much noise, each tensor in pages of 4096
+    bytes; 2 processes of 4 batches, and one in use, of 3 ranks.
+    """
     item = {
         "x": torch.zeros(4, 4, 3, dtype=torch.uint8),
         "eps": torch.zeros(3, 64, 64),
@@ -338,17 +345,20 @@ def test_shared_memory_is_compared_with_what_will_be_put_there(monkeypatch):
     with mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=need - 1)):
         with pytest.raises(
             UserError,
-            match=r"/dev/shm has .* MB free, and 2 decoding processes a rank put up to .* MB there: .*--shm-size",
+            match=r"/dev/shm has .* MB free, and 2 decoding processes a rank put up to .* MB "
+            r"there: .*--shm-size",
         ):
             loading.check_shared_memory([item], 0, 8, 2)
         loading.check_shared_memory([item], 0, 8, 0)
 
 
-# ---- gradients that are not finite --------------------------------------------------------------------------------------
+# ---- gradients that are not finite ---------------------------------------------------------------
 
 
 def ruined_from(step):
-    """flow.expert_loss that ruins the weights of an optimiser step's model: all losses from `step` on are not finite, whatever the data."""
+    """flow.expert_loss that ruins the weights of an optimiser step's model: all losses from `step`
+    on are not finite, whatever the data.
+    """
     calls = []
 
     def loss(*args, loss=flow.expert_loss):
@@ -430,7 +440,9 @@ def test_an_isolated_skipped_step_only_delays_the_checkpoint(clustered, tmp_path
         (
             [1.0, 0.9, 0.8, 0.7],
             3,
-        ),  # 1, 2, 3, 4: well to the end, but with the weights of step 4 all that followed was not finite
+        # 1, 2, 3, 4: well to the end, but with the weights of step 4 all that followed was not
+        # finite
+        ),
         ([1.0, 0.9, 5.0, 90.0], 2),  # the loss had risen since
         ([1.0, float("nan"), 0.5, 0.6], 3),
         ([], 3),
@@ -443,7 +455,7 @@ def test_the_last_good_step_is_from_before_the_loss_rose(losses, good):
     assert checkpoint.last_good_step(rows, before=5) == good
 
 
-# ---- the marker -----------------------------------------------------------------------------------------------------
+# ---- the marker ----------------------------------------------------------------------------------
 
 
 def test_a_failure_is_not_marked_over_by_a_checkpoint_on_its_way(tmp_path):
@@ -463,7 +475,7 @@ def test_a_failure_is_not_marked_over_by_a_checkpoint_on_its_way(tmp_path):
     assert (tmp_path / "status").read_text() == "to be continued 3\n"
 
 
-# ---- devices --------------------------------------------------------------------------------------------------------
+# ---- devices -------------------------------------------------------------------------------------
 
 
 def test_the_first_line_names_the_devices(clustered, tmp_path):
@@ -492,7 +504,7 @@ def test_a_gpu_that_cannot_be_used_is_a_warning(monkeypatch, capsys):
         assert not capsys.readouterr().err
 
 
-# ---- a config that a later stage refuses ----------------------------------------------------------------------------
+# ---- a config that a later stage refuses ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -524,7 +536,7 @@ def test_a_config_that_a_later_stage_refuses_is_refused_by_the_first(
     assert said in error_of(done) and not (tmp_path / "run" / "config.toml").exists()
 
 
-# ---- what the file system refuses -----------------------------------------------------------------------------------
+# ---- what the file system refuses ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -576,7 +588,7 @@ def test_places_of_output_are_tried_before_the_work(clustered, tmp_path):
     assert not (run / "checkpoints" / "expert-0" / "step-00000004").exists()
 
 
-# ---- text files -----------------------------------------------------------------------------------------------------
+# ---- text files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -597,7 +609,13 @@ def test_a_text_file_in_another_encoding_is_refused(tmp_path, payload):
 
 @pytest.mark.slow
 def test_a_config_survives_any_locale(tmp_path):
-    code = f"import sys; sys.path.insert(0, {ROOT!r}); import ddm.config; ddm.config.write_toml(ddm.config.make_config({{'text.name': 'caf\\xe9'}}), 'x.toml'); print(ddm.config.read_toml('x.toml')['text.name'] == 'caf\\xe9')"
+    code = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+from ddm.config import make_config, read_toml, write_toml
+write_toml(make_config({{"text.name": "caf\\xe9"}}), "x.toml")
+print(read_toml("x.toml")["text.name"] == "caf\\xe9")
+"""
     done = subprocess.run(
         [sys.executable, "-X", "utf8=0", "-c", code],
         cwd=tmp_path,
@@ -624,7 +642,7 @@ def test_json_of_the_wrong_shape_says_where(tmp_path, value, said):
         ddm.files.read_json(tmp_path / "x.json", {"tars": {str: {"n": int}}})
 
 
-# ---- torchrun, as a user types it -----------------------------------------------------------------
+# ---- torchrun, as a user types it ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [[], ["--run-dir", "runs/ddm"]])
