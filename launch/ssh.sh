@@ -117,7 +117,7 @@ told() {
 # ssh's code for a connection that failed. Any other failure would only come again, and ends this
 # training here; the host's goes on.
 reach() {
-    local code words before=''
+    local code words before=none
     while true; do
         code=0
         answer=$("$@" 2> "$scratch/$name.err") || code=$?
