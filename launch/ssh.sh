@@ -181,12 +181,6 @@ read_line() {
     esac
 }
 
-# hosts.txt as plain lines, whatever an editor has made of it: without carriage returns, byte order
-# marks, and the null bytes of UTF-16.
-plain_hosts() {
-    LC_ALL=C tr -d '\000\r\357\273\277\376\377' < "$hosts"
-}
-
 check_line() {
     case $what in
         all|student) ;;
@@ -199,6 +193,8 @@ check_line() {
     esac
 }
 
+# Sets lines, those of hosts.txt, whatever an editor has made of it: without carriage returns, byte
+# order marks, and the null bytes of UTF-16.
 read_hosts() {
     local line
     lines=()
@@ -207,16 +203,8 @@ read_hosts() {
         read_line "$line"
         check_line
         lines+=("$line")
-    done < <(plain_hosts)
+    done < <(LC_ALL=C tr -d '\000\r\357\273\277\376\377' < "$hosts")
     [ ${#lines[@]} -gt 0 ] || mistake "$hosts names no host"
-}
-
-check_this_machine() {
-    local program
-    for program in "${ssh[0]}" tar git; do
-        command -v "$program" > /dev/null ||
-            mistake "this machine lacks $program, which launch/ssh.sh needs: install it here"
-    done
 }
 
 check_hosts() {
@@ -246,7 +234,7 @@ list_tracked() {
     [ -z "$file" ] || echo "warning: not sent, since git does not track it: $file"
 }
 
-[ $# -ge 2 ] || { head -n 26 "$0" | tail -n +2; exit 2; }
+[ $# -ge 2 ] || { head -n 25 "$0" | tail -n +2; exit 2; }
 [ -f "$2" ] || mistake "there is no $2, which should name the hosts"
 run=${1%/}
 hosts=$(realpath "$2")
@@ -260,14 +248,16 @@ esac
 [ -f "$run/clusters.safetensors" ] ||
     mistake "$run has no clusters.safetensors: make it with cluster.py"
 read_hosts
-check_this_machine
+for program in "${ssh[0]}" tar git; do
+    command -v "$program" > /dev/null ||
+        mistake "this machine lacks $program, which launch/ssh.sh needs: install it here"
+done
 
 # Beside the results, so that these can be renamed. The looking ends with this script, whatever ends
 # it; the trainings go on.
 scratch=$(mktemp -d "$run/.launch-XXXXXX")
 trainings=()
-trap 'trap - EXIT; [ ${#trainings[@]} = 0 ] || kill -- "${trainings[@]/#/-}" 2> /dev/null || true
-      rm -rf "$scratch"' EXIT
+trap 'kill -- "${trainings[@]/#/-}" 2> /dev/null || true; wait; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
 list_tracked
 check_hosts

@@ -120,6 +120,13 @@ def begin(words, **options):
     )
 
 
+def catches(process, number):
+    """Whether the process has got as far as to handle this signal."""
+    with open(f"/proc/{process.pid}/status") as f:
+        fields = dict(line.split(":", 1) for line in f)
+    return int(fields["SigCgt"], 16) >> (number - 1) & 1
+
+
 def copy_launchers(to):
     shutil.copytree(os.path.join(ROOT, "launch"), to / "launch")
 
@@ -377,10 +384,12 @@ def test_what_died_is_requeued_if_it_can_go_further(node, job, actions, changes,
 @pytest.mark.parametrize("name, again", [("SIGUSR1", True), ("SIGTERM", False)])
 def test_a_job_saves_and_is_requeued_unless_it_is_cancelled(node, job, name, again):
     torchrun(node.torchrun, SAVES)
-    words, folder = ["bash", job.script], job.script.parent
-    with begin(words, cwd=folder, env=job.variables()) as process:
+    number = getattr(signal, name)
+    folder = job.script.parent
+    with begin(["bash", job.script], cwd=folder, env=job.variables()) as process:
         wait_until((node.here / "begun").exists)
-        process.send_signal(getattr(signal, name))
+        wait_until(lambda: catches(process, number))
+        process.send_signal(number)
         out = process.communicate(timeout=300)[0]
 
     assert process.returncode == 75 and "to be continued 5" in out, out
