@@ -556,11 +556,12 @@ def test_data_that_a_host_has_is_not_sent_again(site):
     # one that a broken link has cut short, one that has changed here, and one that is new
     (site.run / "shards" / "1" / "00001.tar").write_text("new")
     sent.write_text("sha")
-    (site.run / "config.toml").write_text("changed")
+    (site.run / "config.toml").write_text("CONFIG.TOML")
+    os.utime(site.run / "config.toml", (1e9, 1e9))
     assert site.launch(site.line).returncode == 0
     assert sent.read_text() == "shards/1/00000.tar"
     assert (sent.parent / "00001.tar").read_text() == "new"
-    assert (site.folder / "runs" / "mine" / "config.toml").read_text() == "changed"
+    assert (site.folder / "runs" / "mine" / "config.toml").read_text() == "CONFIG.TOML"
 
 
 @pytest.mark.parametrize(
