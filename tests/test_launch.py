@@ -721,7 +721,7 @@ def test_a_training_on_a_host_brings_its_weights_and_can_be_run_again(trained, s
 
 
 def test_the_scripts_are_valid_shell_and_can_be_executed():
-    executable = ("launch/node.sh", "launch/host.sh", "launch/ssh.sh")
+    executable = ("launch/node.sh", "launch/host.sh", "launch/ssh.sh", ".ci/run")
     for name in (*executable, "launch/slurm.sbatch", "demo.sh"):
         assert run(["bash", "-n", os.path.join(ROOT, name)]).returncode == 0, name
     for name in executable:
