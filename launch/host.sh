@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What ssh.sh asks of a host, in the folder that it has sent there, about one training: WHAT as for
-# node.sh, RUN its run directory. Needs bash, tar and coreutils, and make for the first start.
+# node.sh, RUN its run directory. Needs bash, tar, flock and coreutils, and make for the first start.
 #
 #     launch/host.sh list RUN WHAT               the files that it needs, each with size and time
 #     launch/host.sh start RUN WHAT [FLAGS]      starts it unless it runs; says how it stands
@@ -47,65 +47,45 @@ list() {
     done
 }
 
-# Whether the training runs: a process that began as `start` begins it, in this folder. (A file
-# that says so would outlive a machine that goes down, and numbers of processes come again.)
+# Whether the training runs. It has inherited file 8, with its lock, and keeps both as long as it
+# lives. Another's look takes the lock for a moment, hence the wait.
 runs() {
-    local process words
-    for process in /proc/[0-9]*; do
-        mapfile -d '' -t words < "$process/cmdline" || continue
-        [ "${words[*]:1:4}" = "launch/host.sh train $run $what" ] || continue
-        [ ! "$process/cwd" -ef . ] || return 0
-    done 2> /dev/null
-    return 1
+    local code=0
+    flock -w 1 8 || code=$?
+    case $code in
+        0) return 1;;
+        1) return 0;;
+        *) exit $code;;     # flock has said what is wrong
+    esac
 }
 
-# The training itself, from its start to its end.
+# The training, from its start to its end.
 train() {
     local code=0
     launch/node.sh "$what" --run-dir "$run" "${flags[@]}" || code=$?
     echo $code > "$exit_code"
 }
 
-# One start at a time, since two trainings may share this folder and its packages. A lock names its
-# process, and if that has gone it is nobody's.
-lock() {
-    until ln -s $$ launch.lock 2> /dev/null; do
-        [ "/proc/$(readlink launch.lock)/cwd" -ef . ] || rm -f launch.lock
-        sleep 1
-    done
-    trap 'rm -f launch.lock' EXIT
-}
-
 start() {
-    lock
+    # Trainings may share this folder, and its packages are installed once.
+    exec 9>> install.lock
+    flock 9
     if [ ! -e .venv/installed ] && ! make .venv/installed > install.log 2>&1; then
-        echo "failed: $PWD/install.log: $(why_not_installed)"
+        echo "failed: $PWD/install.log: $(grep -v '^make' install.log | tail -n 1)"
         return
     fi
+    exec 9>&-
+
     if runs; then
         look
         return
     fi
-
-    # set -m: in a process group of its own it outlives our connection.
-    mkdir -p "$run/logs"
     rm -f "$exit_code"
+    # In a process group of its own (set -m), and without SIGHUP, it outlives our connection.
+    trap '' HUP
     set -m
-    launch/host.sh train "$run" "$what" "${flags[@]}" \
-        >> "$run/logs/$name.log" 2>&1 < /dev/null &
-    until runs || [ -e "$exit_code" ]; do
-        sleep 0.1
-    done
+    train >> "$run/logs/$name.log" 2>&1 < /dev/null &
     echo started
-}
-
-# The last line that is not make's own.
-why_not_installed() {
-    local line last=''
-    while read -r line; do
-        case $line in make*) ;; *) last=$line;; esac
-    done < install.log
-    echo "$last"
 }
 
 look() {
@@ -132,8 +112,12 @@ pack() {
 }
 
 case $verb in
-    list|start|look|train) $verb;;
-    logs)                  pack;;
-    results)               pack "$weights";;
-    *)                     echo "error: launch/host.sh $verb: see its first lines" >&2; exit 2;;
+    start|look)
+        mkdir -p "$run/logs"
+        exec 8>> "$run/$name.lock"
+        $verb;;
+    list)    list;;
+    logs)    pack;;
+    results) pack "$weights";;
+    *)       echo "error: launch/host.sh $verb: see its first lines" >&2; exit 2;;
 esac

@@ -7,7 +7,8 @@
 #     launch/node.sh student
 #
 # Flags go to the training script. Without --run-dir, the environment's RUN is the run directory.
-# SIGTERM, SIGINT and SIGUSR1 make the training finish its step, save and stop.
+# SIGTERM, SIGINT, SIGUSR1 and SIGHUP (without nohup) make the training finish its step, save and
+# stop.
 #
 # reads   RUN/checkpoints/NAME/status, where the training says how it stands
 # exits   0   finished
@@ -19,8 +20,8 @@ set -euo pipefail
 root=$(realpath "$(dirname "$0")/..")
 run=${RUN:-runs/ddm}
 torchrun=''         # its process, once there is one
-signals=0           # how often we were asked to stop
-passed_on=no        # whether the training knows
+asked=no            # whether we were asked to stop
+told=no             # whether the training knows
 
 mistake() {
     echo "error: $*" >&2
@@ -32,8 +33,9 @@ read_what() {
     case ${1:-} in
         router)      name=router    stage=("$root/train_router.py");;
         student)     name=student   stage=("$root/distill.py");;
-        all|[0-9]*)  name=expert-$1 stage=("$root/train_expert.py" --shard "$1");;
-        *)           mistake "launch/node.sh '${1:-}': give an expert's number, all, router or student";;
+        all)         name=expert-all stage=("$root/train_expert.py" --shard all);;
+        ''|*[!0-9]*) mistake "launch/node.sh '${1:-}': give an expert's number, all, router or student";;
+        *)           name=expert-$1 stage=("$root/train_expert.py" --shard "$1");;
     esac
 }
 
@@ -100,9 +102,9 @@ start() {
 # anew (Slurm may have sent the first), at the third it leaves its ranks alone. And by SIGTERM,
 # since SIGUSR1 would end torchrun at once.
 stop() {
-    signals=$((signals + 1))
-    [ -n "$torchrun" ] && [ $passed_on = no ] || return 0
-    passed_on=yes
+    asked=yes
+    [ -n "$torchrun" ] && [ $told = no ] || return 0
+    told=yes
 
     # A torchrun that cannot be told to wait is not told to end: it does when its ranks have ended.
     local whom=$torchrun
@@ -115,46 +117,43 @@ stop() {
 
 # Sets code, torchrun's. A signal ends `wait`, and not the training.
 await_end() {
-    local before
-    while true; do
-        before=$signals
-        code=0
-        wait "$torchrun" || code=$?
-        [ "$signals" != "$before" ] || return 0
+    while kill -0 "$torchrun" 2> /dev/null; do
+        wait "$torchrun" || true
     done
+    code=0
+    wait "$torchrun" || code=$?
 }
 
 status() {
     cat "$run/checkpoints/$name/status" 2> /dev/null || true
 }
 
-# Our exit code. torchrun's does not tell a stop from a failure, and the status may be that of an
-# earlier start: a misspelt flag leaves it as it was. What died is to be continued if it got
-# further than before.
+# Our exit code. torchrun's does not tell a stop from a failure, and a status may be that of an
+# earlier start: a misspelt flag leaves it as it was. What died without being asked to is to be
+# continued if it got further than before.
 verdict() {
     local before=$1 after=$2
     case "$code $after" in
         "0 finished"*) return 0;;
-        *" failed"*)   return 1;;
     esac
-
-    [ $signals = 0 ] || return 75
-    [ "$after" != "$before" ] || return 1
-    case $after in
+    [ "$after" != "$before" ] || after=unchanged
+    case "$after" in
+        failed*)            return 1;;
         "to be continued"*) return 75;;
     esac
+    [ $asked = no ] || return 75
     return 1
 }
 
 read_what "$@"
 read_flags "${@:2}"
-trap stop TERM INT USR1
+trap stop TERM INT USR1 HUP
 find_torchrun
 count_gpus
 
 before=$(status)
 start
-[ $signals = 0 ] || stop        # a signal came too early to be passed on
+[ $asked = no ] || stop         # a signal came too early to be passed on
 await_end
 
 after=$(status)

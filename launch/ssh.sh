@@ -16,8 +16,8 @@
 # time: what is there is not sent again, what trains is left alone, what has stopped is resumed, what
 # is finished is fetched.
 #
-# This machine needs ssh, which must ask for no password, tar and git; a host needs bash and tar, and
-# make and Python 3.11 to install the packages.
+# This machine needs Linux, ssh, which must ask for no password, tar and git; a host needs bash, tar
+# and flock, and make and Python 3.11 to install the packages.
 #
 # reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K and RUN/latents/K
 #         (for student also RUN/experts)
@@ -27,8 +27,7 @@ set -euo pipefail
 
 EVERY=${EVERY:-60}      # seconds between two looks at a host
 TRIES=${TRIES:-20}      # starts of a training that stops without being finished
-read -ra ssh <<< "${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=15
-                         -o ServerAliveCountMax=4}"
+read -ra ssh <<< "${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=20}"
 
 mistake() {
     echo "error: $*" >&2
@@ -49,6 +48,7 @@ lacks=''
 need() { command -v "$1" > /dev/null 2>&1 || lacks="$lacks $1"; }
 need bash
 need tar
+need flock
 if [ ! -e "$1/.venv/installed" ]; then
     need make
     for python in python3 python3.11 python3.12 python3.13 python3.14 none; do
@@ -93,8 +93,7 @@ fetch() {
     rm -rf "$place"
     mkdir "$place"
     on_host launch/host.sh "$1" "$run" "$what" > "$place.tar" &&
-        tar -xo -f "$place.tar" -C "$place" &&
-        rm "$place.tar" || return
+        tar -xo -f "$place.tar" -C "$place" || return
 
     if [ "$1" = results ]; then
         mkdir -p "$(dirname "$run/$weights")"
@@ -114,20 +113,11 @@ told() {
     tr -s '\r\n' ' ' < "$scratch/$name.err" | cut -c 1-400
 }
 
-# The last error in the training's log.
-last_error() {
-    local line last=''
-    while IFS= read -r line; do
-        case $line in [Ee]rror*) last=$line;; esac
-    done < <(tail -n 1000 "$run/logs/$name.log" 2> /dev/null)
-    echo "$last"
-}
-
 # Does one of the above until the host has been reached, and puts what it prints into answer. 255 is
 # ssh's code for a connection that failed. Any other failure would only come again, and ends this
 # training here; the host's goes on.
 reach() {
-    local code words before=''
+    local code words before=none
     while true; do
         code=0
         answer=$("$@" 2> "$scratch/$name.err") || code=$?
@@ -148,8 +138,6 @@ reach() {
 train() {
     local tries=0 before=''
     unreached="not reached, trying again"
-    reach ask || return 1
-    [ -z "$answer" ] || { say "error: this host lacks $answer"; return 1; }
     reach ship || return 1
     reach start || return 1
 
@@ -178,7 +166,7 @@ train() {
 
 give_up() {
     fetch logs 2> /dev/null || true
-    say "$1, see $run/logs/$name.log: $(last_error)"
+    say "$1, see $run/logs/$name.log: $(grep -is '^error' "$run/logs/$name.log" | tail -n 1)"
 }
 
 # ---- mistakes are found before anything is sent ----
@@ -193,12 +181,6 @@ read_line() {
     esac
 }
 
-# hosts.txt as plain lines, whatever an editor has made of it: without carriage returns, byte order
-# marks, and the null bytes of UTF-16.
-plain_hosts() {
-    LC_ALL=C tr -d '\000\r\357\273\277\376\377' < "$hosts"
-}
-
 check_line() {
     case $what in
         all|student) ;;
@@ -211,6 +193,8 @@ check_line() {
     esac
 }
 
+# Sets lines, those of hosts.txt, whatever an editor has made of it: without carriage returns, byte
+# order marks, and the null bytes of UTF-16.
 read_hosts() {
     local line
     lines=()
@@ -219,16 +203,8 @@ read_hosts() {
         read_line "$line"
         check_line
         lines+=("$line")
-    done < <(plain_hosts)
+    done < <(LC_ALL=C tr -d '\000\r\357\273\277\376\377' < "$hosts")
     [ ${#lines[@]} -gt 0 ] || mistake "$hosts names no host"
-}
-
-check_this_machine() {
-    local program lacks=''
-    for program in "${ssh[0]}" tar git; do
-        command -v "$program" > /dev/null || lacks+=" $program"
-    done
-    [ -z "$lacks" ] || mistake "this machine lacks$lacks, which launch/ssh.sh needs: install it here"
 }
 
 check_hosts() {
@@ -249,14 +225,16 @@ check_hosts() {
 # Lists what git tracks, as far as it is in the work tree.
 list_tracked() {
     local file
-    git ls-files -z > "$scratch/index" || mistake "git does not say what it tracks in $PWD"
-    while IFS= read -r -d '' file; do
+    git ls-files -z | while IFS= read -r -d '' file; do
         [ ! -f "$file" ] || printf '%s\0' "$file"
-    done < "$scratch/index" > "$scratch/tracked"
+    done > "$scratch/tracked" || true
     [ -s "$scratch/tracked" ] || mistake "git tracks nothing in $PWD, and that is what is sent"
+
+    file=$(git ls-files --others --exclude-standard '*.py' | tr '\n' ' ')
+    [ -z "$file" ] || echo "warning: not sent, since git does not track it: $file"
 }
 
-[ $# -ge 2 ] || { head -n 26 "$0" | tail -n +2; exit 2; }
+[ $# -ge 2 ] || { head -n 25 "$0" | tail -n +2; exit 2; }
 [ -f "$2" ] || mistake "there is no $2, which should name the hosts"
 run=${1%/}
 hosts=$(realpath "$2")
@@ -270,20 +248,20 @@ esac
 [ -f "$run/clusters.safetensors" ] ||
     mistake "$run has no clusters.safetensors: make it with cluster.py"
 read_hosts
-check_this_machine
+for program in "${ssh[0]}" tar git; do
+    command -v "$program" > /dev/null ||
+        mistake "this machine lacks $program, which launch/ssh.sh needs: install it here"
+done
 
 # Beside the results, so that these can be renamed. The looking ends with this script, whatever ends
 # it; the trainings go on.
 scratch=$(mktemp -d "$run/.launch-XXXXXX")
 trainings=()
-trap 'trap - EXIT; [ ${#trainings[@]} = 0 ] || kill -- "${trainings[@]/#/-}" 2> /dev/null || true
-      rm -rf "$scratch"' EXIT
+trap 'kill -- "${trainings[@]/#/-}" 2> /dev/null || true; wait; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
 list_tracked
 check_hosts
 
-forgotten=$(git ls-files --others --exclude-standard '*.py' | tr '\n' ' ')
-[ -z "$forgotten" ] || echo "warning: not sent, since git does not track it: $forgotten"
 for line in "${lines[@]}"; do
     read_line "$line"
     set -m      # a process group each, to end with its ssh and tar
