@@ -160,12 +160,17 @@ def instead_of_tars(pattern, matched):
     if matched:
         return look_into(matched[0])
 
+    # {00000..00099}.tar, as WebDataset writes it
     if re.search(r"\{[^}]*(,|\.\.)[^}]*\}", pattern):
         wider = re.sub(r"\{[^}]*\}", "*", pattern)
         if glob.glob(wider, recursive=True):
             return f"braces are not expanded: did you mean '{wider}'?"
         return "braces are not expanded here, but by the shell, without quotes"
+    return _nearest_folder(pattern)
 
+
+def _nearest_folder(pattern):
+    """What is where a pattern that matches nothing points to."""
     # the nearest folder above that there is
     wanted = os.path.dirname(pattern)
     folder = wanted
@@ -207,11 +212,10 @@ def _likely(names, cause, condition):
         return "KEY.lat holds latents, --data takes images"
     if cause.startswith("no image"):
         return "images are KEY.jpg, KEY.jpeg, KEY.png, KEY.webp or KEY.bmp"
-    if condition == "text" and "UTF-8" in cause:
-        return "save captions as UTF-8"
-    if condition == "text" and "caption" in cause:
-        return _captions(endings)
-    if condition == "class" and "class" in cause:
+    # what is left is a condition that cannot be used
+    if condition == "text":
+        return _captions(endings, cause)
+    if condition == "class":
         return _classes(endings, cause)
     return ""
 
@@ -240,7 +244,14 @@ def _order(names):
     return ""
 
 
-def _captions(endings):
+def _captions(endings, cause):
+    """What to do about captions, if they are the cause; else empty."""
+    if "UTF-8" in cause:
+        return "save captions as UTF-8"
+    if "caption" not in cause:
+        return ""
+
+    # a caption under another name comes first: KEY.txt alone is read
     for end in CAPTIONS:
         if end in endings:
             return (f"captions are read from KEY.txt alone, here may be some in KEY.{end}: write "
@@ -254,6 +265,10 @@ def _captions(endings):
 
 
 def _classes(endings, cause):
+    """What to do about classes, if they are the cause; else empty."""
+    if "class" not in cause:
+        return ""
+
     if "cls" in endings and "outside" in cause:
         return "raise data.classes, or number the classes from 0"
     if "cls" in endings:
