@@ -63,9 +63,11 @@ def printable(text):
 def file_format(path):
     """What a file named .tar is that is none; empty where its first bytes tell nothing."""
     with open(path, "rb") as f:
+        # enough for the longest of FORMATS, behind some blank lines
         head = f.read(512)
     if not head:
         return "empty (0 bytes): download or copy it again"
+    # text formats may begin with white space
     for magic, words in FORMATS.items():
         if head.lstrip().startswith(magic):
             return words
@@ -77,6 +79,7 @@ def ending(path):
     if os.path.isdir(path):
         return "folder"
     lower = path.lower()
+    # in this order .tar.gz is found before .gz
     for end in (*TOOLS, *ARCHIVES):
         if lower.endswith(end):
             return end
@@ -93,6 +96,7 @@ def remedy(paths):
     """What to do with files that are no tars; empty where that is not known."""
     endings = {path: ending(path) for path in paths}
 
+    # one kind decides, even where there are several: each needs a command of its own
     compressed = [path for path, end in endings.items() if end in TOOLS]
     if compressed:
         command = f"{TOOLS[endings[compressed[0]]]} {shlex.quote(compressed[0])}"
@@ -104,6 +108,7 @@ def remedy(paths):
 
     images = [path for path, end in endings.items() if end in IMAGES]
     if images:
+        # the folder that holds all of them
         folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in images])
         folder = shlex.quote(os.path.relpath(folder))
         return ("pack them into tar shards, KEY.jpg with its caption KEY.txt or class number "
@@ -122,6 +127,7 @@ def list_files(folder):
     files = []
     for at, _, names in os.walk(folder):
         files += [os.path.join(at, name) for name in sorted(names)]
+        # data sets have millions of files, and this is for a line of text
         if len(files) >= MANY:
             break
     return files[:MANY]
@@ -137,9 +143,11 @@ def look_into(folder):
     if not tars:
         return f"{folder} holds {count_endings(files)}; {remedy(files) or WANTED}"
 
+    # a pattern for those in the folder itself, or else for those anywhere below it
     on_top = any(os.path.dirname(path) == folder.rstrip("/") for path in tars)
     extension = os.path.splitext(tars[0])[1]
     pattern = os.path.join(folder, "" if on_top else "**", f"*{extension}")
+    # what is suggested has been tried
     if glob.glob(pattern, recursive=True):
         return f"{folder} is a folder with {len(tars)} tars; did you mean '{pattern}'?"
     return f"{folder} is a folder with {len(tars)} tars: name them"
@@ -154,6 +162,7 @@ def instead_of_tars(pattern, matched):
         return ("files of this machine are read, no URLs: download them first (aws s3 sync, wget), "
                 "or mount the bucket")
 
+    # something is there, but no tar
     files = [path for path in matched if not os.path.isdir(path)]
     if files:
         return f"it matches {count_endings(matched)}; {remedy(files) or WANTED}"
@@ -188,6 +197,7 @@ def instead_of_samples(path, names, cause, condition):
 
     names: [(key, extension)] of its members, in their order.
     """
+    # a few names show how all are built
     shown = []
     for key, extension in names[:4]:
         shown.append(printable(f"{key}.{extension}" if extension else key))
@@ -205,9 +215,11 @@ def instead_of_samples(path, names, cause, condition):
 def _likely(names, cause, condition):
     """The likely reason that the samples of a tar cannot be used, and what to do."""
     endings = collections.Counter(extension.lower() for _, extension in names)
+    # names first: how they are built may be behind any cause
     reason = _dots(endings) or _order(names)
     if reason:
         return reason
+    # these are of RUN/latents
     if "lat" in endings and not any(f".{end}" in IMAGES for end in endings):
         return "KEY.lat holds latents, --data takes images"
     if cause.startswith("no image"):
@@ -222,8 +234,10 @@ def _likely(names, cause, condition):
 
 def _dots(endings):
     """Names with further dots, of which the first ends the key. endings: extension -> how many."""
+    # a key ends at the first dot, so these hold what was meant to be a part of it
     dotted = [extension for extension in endings if "." in extension]
     for extension in dotted:
+        # a.jpg.txt beside a.jpg: a caption that is named after the whole file
         first, *_, last = extension.split(".")
         if last == "txt" and f".{first}" in IMAGES:
             return ("KEY ends at the first dot of a name, so the caption of "
@@ -238,6 +252,7 @@ def _dots(endings):
 def _order(names):
     """Keys that come back after other keys: members of one sample that do not stand together."""
     keys = [key for key, _ in names]
+    # groupby begins anew when a key comes back, a set does not
     if len(list(itertools.groupby(keys))) > len(set(keys)):
         return ("the members of one sample must stand together: pack the tar again in the order of "
                 "names, tar --sort=name -cf NAME.tar -C FOLDER .")
