@@ -59,7 +59,7 @@ def set_steps(train, config, space):
     expert_flops = plan.flops(model_config(config, "model", space))
     experts_flops = expert_flops * config.train.steps * config.train.batch
     train.steps = math.ceil(0.04 * experts_flops / (plan.flops(shape) * train.batch))
-    # as on a laptop
+    # where experts take few steps, as on a laptop, 4% of them are next to nothing
     if train.steps < 1000 and os.environ.get("RANK", "0") == "0":
         print(f"warning: 4% of the experts' training FLOPs are {train.steps} steps of the router, "
               f"which may be too few to learn anything: --train.router.steps N gives it more",

@@ -80,7 +80,6 @@ def warn_of_rest(name, share, micro):
 
     The rest is a graph of its own.
     """
-
     rest = share % min(micro or share, share)
     if not rest:
         return

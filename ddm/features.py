@@ -328,7 +328,7 @@ def _measure_reference(data, spaces, clusters, *, batch, ranks):
     labels = torch.full((2, len(data)), -1)
     causes = collections.Counter()
 
-    # each rank's own, one after the other over the tars
+    # every world-th image: the ranks share the work
     mine = list(range(ranks.rank, len(data), ranks.world))
     workers = max(0, min(8, cores() // local_world() - 1))
     loader = torch.utils.data.DataLoader(

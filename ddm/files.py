@@ -24,6 +24,7 @@ def sync(path):
     """
     # for reading alone: a folder can be opened in no other way
     descriptor = os.open(path, os.O_RDONLY)
+
     try:
         os.fsync(descriptor)
     finally:
@@ -204,9 +205,11 @@ def _is_of(value, kind):
     """isinstance, for JSON: a whole number may be a float, and true is no number."""
     if kind is float and type(value) is int:
         return True
+
     # bool is a subclass of int
     if kind is int and isinstance(value, bool):
         return False
+
     return isinstance(value, kind)
 
 

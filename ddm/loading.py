@@ -82,7 +82,7 @@ def index_all(tars, ranks):
     every = sum(tars, [])
     for path in every[ranks.rank::ranks.world]:
         index_tar(path)
-    # no rank opens an index that another is still writing
+    # only now are all of them there, so that no rank makes one a second time
     barrier()
 
 
@@ -422,7 +422,7 @@ class Batches:
         """The samples of the step whose loss is not finite, as this rank sees them, in words."""
         found = []
         for position, t, loss in self.losses:
-            # only here is the device waited for: something has gone wrong
+            # waits for the device, as nothing else of a step does: something has gone wrong
             t = t.cpu()
             loss = loss.cpu()
             for i in range(len(loss)):
@@ -500,7 +500,6 @@ def planned_space(args, config):
         names = config.text.name.split(" + ")
 
     known = plan.AUTOENCODERS.get(config.autoencoder.name)
-
     if args.plan and known and all(name in plan.TEXT_ENCODERS for name in names):
         factor, channels = known
         text_dim = sum(plan.TEXT_ENCODERS[name] for name in names)

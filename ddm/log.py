@@ -60,7 +60,7 @@ class Meter:
 
     def add(self, name, values):
         """Values [...] of any shape, of which the log shows the mean."""
-        # float64: a sum over millions of values loses nothing
+        # float64: in float32 a sum over millions of values would lose digits
         values = values.detach().double()
         entry = self._entry(self.of_step, name)
         entry[0, 0] += values.sum()

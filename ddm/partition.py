@@ -477,7 +477,6 @@ def read_digests(tars, ranks):
 
     digests = {}
     for part in gather(mine):
-
         digests |= part
     return digests
 

@@ -47,7 +47,7 @@ class Output:
         try_folder(self.folder)
         try_file(self.path("json"))
         try_file(self.path("md"))
-        # the one with a figure
+        # of this one there is a figure, too
         if self.table == "experts":
             try_file(self.path("png"))
 
@@ -325,7 +325,6 @@ def _by_t(values, digits):
     """{bin of t: cell} of numbers in equal bins of t in [0,1]."""
     cells = {}
     for b, value in enumerate(values):
-        # its own range in t
         low = b / len(values)
         high = (b + 1) / len(values)
         cells[f"t {low:.1f}-{high:.1f}"] = f"{value:.{digits}f}"
@@ -390,7 +389,7 @@ def experts_figure(results, path):
     _plot_losses(right, results)
 
     ticks = sorted({1, *(result["experts"] for result in results)})
-    # usually powers of two: evenly spaced
+    # numbers of experts are mostly powers of two, which a log scale spaces evenly
     for axis in (left, right):
         axis.set(xlabel="experts (1: the monolith)", xscale="log")
         axis.set_xticks(ticks, labels=ticks)
