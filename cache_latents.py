@@ -154,6 +154,7 @@ def read_existing(target, about, captions):
         raise UserError(f"{target} was made with{'' if had_captions else 'out'} --captions: call "
                         f"it so again, or delete {target} to make it anew")
 
+    # only what decides about the bytes: the list of tars may grow
     for key in about:
         was = existing[key]
         now = about[key]
@@ -180,6 +181,7 @@ def _made_alike(info):
 
 def count_samples(source, tars, ranks):
     """{tar: number of its samples}; the ranks share the work of indexing."""
+    # zeros where another rank counts: their sum is all
     counts = torch.zeros(len(tars), dtype=torch.int64)
     for i, name in enumerate(tars):
         if i % ranks.world == ranks.rank:
@@ -229,6 +231,7 @@ def estimate(source, samples, space, about):
 
     features = 0
     if about["text"]["name"] and captions:
+        # the zeros of the padding are not written
         tokens = space.captions(captions).any(2).sum(1)
         features = sum(in_tar(2 * n * space.text_dim) for n in tokens.tolist())
 
@@ -263,6 +266,7 @@ def tidy(target, tars, existing):
 
 def check_room(target, need):
     """UserError if the disk has not the room."""
+    # what is there already needs no more
     missing = need.total() - sum(tar_sizes(target).values())
     free = shutil.disk_usage(target).free
     if free < missing:
@@ -305,6 +309,7 @@ def cache_tar(source, target, space, about, bad, bar):
         mirrored = (False, True)[:flips]
         return np.stack([square(image, size, mirror=mirror) for mirror in mirrored])
 
+    # images are decoded as they are asked for
     samples = usable(source, crops, size, settings=space.config.data, bad=bad)
     count = 0
 

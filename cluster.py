@@ -261,6 +261,7 @@ def k_means(points, k, seed):
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
 
+    # one start may be a bad one, and on few points another costs little
     attempts = 3 if len(points) < 100_000 else 1
     kmeans = faiss.Kmeans(points.shape[1], k, niter=20, nredo=attempts, seed=seed,
                           min_points_per_centroid=1, max_points_per_centroid=len(points))
@@ -314,6 +315,7 @@ def find_clusters(tars, counts, *, config, ranks):
 def choose_points(tars, counts, size, seed):
     """A uniform sample of the features of all tars, [size,D] float32."""
     chosen = subset(sum(counts), size, seed, 1)
+    # tar by tar: all features together may not fit into memory
     points = []
     for tar, numbers in zip(tars, numbers_by_tar(chosen, counts), strict=True):
         points.append(load_file(tar.features)["features"][numbers].astype(np.float32))
@@ -399,6 +401,7 @@ def fingerprint(clusters, config, info):
 def load_clusters(partition, config, network):
     """What find_clusters found in an earlier call. UserError if the config is not of it."""
     clusters = load_file(partition.clusters_file)
+    # they grow, and are written anew
     del clusters["counts"]
     now = fingerprint(clusters, config, network.info)
     K = len(clusters["coarse_centroids"])
@@ -442,6 +445,7 @@ def count_clusters(tars, clusters, config, ranks):
         labels = assign(load_file(tar.features)["features"], tar.name, clusters, config)
         sizes += np.bincount(labels, minlength=K)
     sizes = sum_over_ranks(torch.from_numpy(sizes)).tolist()
+
     if 0 in sizes:
         raise UserError(f"cluster {sizes.index(0)} of {K} is empty: fewer --experts, or another "
                         f"--cluster.seed")
@@ -496,9 +500,11 @@ def split_tar(tar, partition, *, clusters, for_router, config):
 
     table = load_file(tar.features)
     labels = assign(table["features"], tar.name, clusters, config).tolist()
+    # lists: a loop over numpy's scalars is many times slower
     columns = [table[name].tolist() for name in ("offsets", "lengths", "keys")]
     for_router = set(for_router.tolist())
 
+    # here and at the end: the tar stays the same in between
     check_unchanged(tar.path, source)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(tar.path, "rb"))

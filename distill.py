@@ -40,6 +40,7 @@ from ddm.process import Stop, broadcast, on_rank_0, start, watchdog
 from ddm.run import collective_timeout, find_shards, owned, read_clusters
 from model import ModelConfig, drop_condition
 
+# multiples of it, modulo 1, fill [0,1) evenly, however many there are
 GOLDEN = (5 ** 0.5 - 1) / 2
 # micro-batches whose clusters are worked out together
 BLOCK = 2 ** 16
@@ -57,6 +58,7 @@ class ByCluster(torch.utils.data.Dataset):
     def __init__(self, parts, micro):
         self.parts = parts
         self.micro = micro
+        # [K]: where each cluster's part of [0,1] ends
         self.shares = np.cumsum([len(part) for part in parts]) / len(self)
         # of each block so far, how many micro-batches of each cluster come before it
         self.before = [np.zeros(len(parts), np.int64)]
@@ -70,6 +72,7 @@ class ByCluster(torch.utils.data.Dataset):
     def _clusters_of(self, block):
         """[BLOCK] of a block of micro-batches."""
         m = np.arange(block * BLOCK, (block + 1) * BLOCK)
+        # without the last end, which rounding may leave below 1
         return np.searchsorted(self.shares[:-1], m * GOLDEN % 1, side="right")
 
     def _open(self, block):
@@ -95,12 +98,15 @@ class ByCluster(torch.utils.data.Dataset):
         """How many micro-batches of its cluster come before micro-batch m."""
         block, i = divmod(m, BLOCK)
         clusters = self._open(block)
+
+        # before it in the block, and in all blocks before that
         in_block = (clusters[:i] == clusters[i]).sum()
         return int(self.before[block][clusters[i]] + in_block)
 
     def __getitem__(self, position):
         m, i = divmod(position, self.micro)
         k = self.cluster(m)
+        # its place in the cluster's own stream, in which no sample is left out
         return self.parts[k][self.turn(m) * self.micro + i] | {"k": k}
 
 
@@ -118,15 +124,19 @@ def parser():
 def main():
     args, given = parse(parser())
     config = load_run(args.run_dir, given, stage="student", path=args.plan)
+    # refused rather than ignored
     for name in ("flow.objective", "flow.path"):
         if name in given:
             raise UserError(f"--{name}: the student predicts velocity on the linear path, "
                             f"whatever its teachers do: leave it out")
+
     config.flow.objective = "velocity"
     config.flow.path = "linear"
+
     train = config.stage("student")
     train.batch = train.batch or max(1, config.train.batch // 4)
     experts = config.cluster.experts
+
     if args.plan is not None:
         # teachers of the student's size: a forward of each image, and their weights
         shape = model_config(config, "model", planned_space(args, config))
@@ -134,6 +144,7 @@ def main():
                     resident=args.resident)
         return
 
+    # a teacher is asked about images of its own cluster alone
     missing = set(map(str, range(experts))) - set(find_shards(args.run_dir))
     if missing:
         raise UserError(f"the student needs all {experts} shards, {args.run_dir} lacks "
@@ -148,7 +159,9 @@ def set_micro_batch(train, experts, ranks):
     """Sets train.micro_batch, of one cluster each. UserError if a rank's share is no multiple."""
     share = train.batch // ranks.world
     if not train.micro_batch:
+        # the largest that divides a rank's share as well as an expert's batch
         train.micro_batch = math.gcd(share, max(1, train.batch // experts))
+
     if train.batch % ranks.world or share % train.micro_batch:
         raise UserError(f"a batch of {train.batch} on {ranks.world} ranks is "
                         f"{train.batch / ranks.world:g} each, which must be a multiple of the "
@@ -163,6 +176,7 @@ def open_teachers(args, config, shape, info, ranks):
     if len(teachers.paths) != experts:
         raise UserError(f"the student needs all {experts} experts as teachers, "
                         f"{args.run_dir}/experts has {', '.join(map(str, teachers.paths))}")
+    # the same latents, text encoder and clustering, or its velocities mean something else
     teachers.check_fits("the student", {"model": vars(shape), **info})
     return teachers
 
@@ -174,6 +188,7 @@ def keep_teachers(teachers, resident, shape, train, ranks, frozen):
     one that is not there is read from disk. frozen: bytes of the frozen networks. -> bytes of the
     teachers.
     """
+    # bytes of each, in the dtype that it works in
     sizes = []
     for info in teachers.infos.values():
         weights = plan.parameter_count(ModelConfig(**info["model"]))
@@ -190,6 +205,8 @@ def keep_teachers(teachers, resident, shape, train, ranks, frozen):
             print(f"{resident} of {len(sizes)} teachers stay on each GPU, there is no room for "
                   f"more: the others are read when their turn comes", flush=True)
     teachers.resident = max(0, resident)
+
+    # of a few, the largest ones may be there at once
     return sum(sorted(sizes)[-(teachers.resident or len(sizes)):])
 
 
@@ -206,9 +223,11 @@ def initial_weights(run_dir, shard, config):
         network, info = artifacts.load(path)
     except ValueError as error:
         raise UserError(f"--init {shard}: {error}") from None
+
     if (info["objective"], info["path"]) != ("velocity", "linear"):
         raise UserError(f"--init {shard}: {path} predicts {info['objective']} on the "
                         f"{info['path']} path, the student velocity on the linear one")
+
     if network.config != config:
         raise UserError(f"--init {shard}: {path} is another model than the student is to be "
                         f"({differences(vars(network.config), vars(config))}): see --model.*")
@@ -217,6 +236,7 @@ def initial_weights(run_dir, shard, config):
 
 def teacher_flops(teachers, parts):
     """FLOPs of the teacher's forward of an image, the mean over the data."""
+    # clusters come in the data's proportions
     total = 0
     for k, part in enumerate(parts):
         total += len(part) * plan.flops(ModelConfig(**teachers.infos[k]["model"]))
@@ -229,6 +249,7 @@ def open_and_train(args, config, train):
     """Opens data, teachers, model, optimiser and checkpoints; trains; exports the EMA weights."""
     clusters = read_clusters(args.run_dir)
     ranks = start(args.device, collective_timeout(train))
+    # first: the order of the samples depends on it
     set_micro_batch(train, config.cluster.experts, ranks)
     shards = [str(k) for k in range(config.cluster.experts)]
     parts, space = open_shards(args.run_dir, shards, config, train, ranks, clusters, apart=True,
@@ -242,6 +263,8 @@ def open_and_train(args, config, train):
     info = describe(config, space, clusters)
     info |= {"objective": "velocity", "path": "linear", "shard": "student", "init": args.init}
     teachers = open_teachers(args, config, shape, info, ranks)
+
+    # weights that it may begin with; what they have cost counts as its own
     initial = None
     begun = {"flops": 0}
     if args.init:
@@ -250,6 +273,7 @@ def open_and_train(args, config, train):
     frozen = space.weight_bytes()
     beside = frozen + keep_teachers(teachers, args.resident, shape, train, ranks, frozen)
 
+    # with teachers that have trained further it would be another training
     trained = [f"{k}:{about['step']}" for k, about in teachers.infos.items()]
     identity = identity_of(config, train, shape, space, shard="student", init=args.init,
                            clustering=clusters["fingerprint"], images=len(data),
@@ -295,6 +319,7 @@ def training_loop(engine, batches, *, config, space, teachers, optimizer, checkp
             for b in batches.of_step(engine.step):
                 # the last micro-batch sums the gradients over the ranks
                 engine.sum_gradients(b.last)
+                # [B,C,h,w]; [B,...] or None
                 x_0, c = encode(space, b)
                 t = flow.sample_time(b.u, config.flow.t_density, config.flow.shift)
                 c = drop_condition(engine.config, c, b.drop < config.data.cond_dropout)
@@ -303,6 +328,7 @@ def training_loop(engine, batches, *, config, space, teachers, optimizer, checkp
                 teacher = functools.partial(teachers.expert_velocity, k)
                 # [B], section 3.6
                 loss = flow.distillation_loss(engine, teacher, x_0, c, t, b.eps)
+                # the rank's mean, of which DDP and FSDP take the mean over ranks
                 (loss.sum() / batches.share).backward()
                 meter.add("loss", loss)
                 meter.add_by_t("loss", loss, t)
@@ -316,6 +342,7 @@ def training_loop(engine, batches, *, config, space, teachers, optimizer, checkp
             engine.update_ema(train.ema_decay)
             log.step(norm, lr, batches)
 
+            # once asked for, it stays due until a step is good
             saving |= stopping or engine.is_due(train.save_every)
             check_finite(engine, checkpoints, log, batches, saving)
             if engine.is_due(train.log_every):

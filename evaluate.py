@@ -533,7 +533,7 @@ def measure(samples, run, reference, *, measures, keep):
 
     # this rank's share
     for numbers, arrays in samples:
-        images = [Image.fromarray(array) for array in arrays]
+        images = list(map(Image.fromarray, arrays))
 
         for space, sum_of_space in zip(measures.spaces, sums, strict=True):
             prepared = list(map(space.prepare, images))
@@ -573,20 +573,26 @@ def collect_images(kept, count):
 
 # ---- the validation loss -------------------------------------------------------------------------
 
+def loss_strategies(experts, knows_clusters):
+    """Those of LOSSES that so many experts allow: "oracle" asks for each image's own."""
+    strategies = []
+    for strategy in LOSSES:
+        if strategy == "oracle":
+            possible = knows_clusters
+        else:
+            possible = has_experts_for(strategy, experts)
+        if possible:
+            strategies.append(strategy)
+    return strategies
+
+
 def evaluate_loss(model, team, space, *, run, reference, args, ranks):
     """-> ({name: loss [n,BINS]}, the router's quality or None, the name of the precision)."""
     # whether an image has an expert of its own that is there
     knows_clusters = run.clusters is not None and not team.missing
     strategies = ["full"]
     if model == "ensemble":
-        strategies = []
-        for strategy in LOSSES:
-            if strategy == "oracle":
-                possible = knows_clusters
-            else:
-                possible = has_experts_for(strategy, team.K)
-            if possible:
-                strategies.append(strategy)
+        strategies = loss_strategies(team.K, knows_clusters)
 
     # differences of a thousandth are read from the loss: fp32 unless asked otherwise, whatever
     # the samples are drawn in

@@ -260,6 +260,8 @@ def check_text(flag, text):
 def check_condition(args, model, texts):
     """UserError unless what is given is what a model of this condition takes."""
     kind = model.condition
+
+    # what the model has no input for would be ignored in silence
     takes = {"text": "--prompt or --prompts", "class": "--class",
              "none": "neither --prompt nor --class"}[kind]
     if texts and kind != "text" or args.classes and kind != "class":
@@ -271,7 +273,12 @@ def check_condition(args, model, texts):
         raise UserError("nothing to sample: this run wants --prompt TEXT")
     if kind == "class" and not args.classes:
         raise UserError("nothing to sample: this run wants --class N")
-    for k in args.classes:
+    check_classes(args.classes, model)
+
+
+def check_classes(classes, model):
+    """UserError unless the model knows all these classes."""
+    for k in classes:
         if not 0 <= k < model.classes:
             raise UserError(f"--class {k} is not one of 0..{model.classes - 1}")
 

@@ -48,6 +48,7 @@ def main():
         plan.report(name, shape, config.train, batch, config)
         return
 
+    # before the lock: a wrong number is an error of this call, not of the training
     shards = choose_shards(args, config)
     with owned(args.run_dir, name):
         open_and_train(args, config, name, shards, batch)
@@ -89,19 +90,24 @@ def open_and_train(args, config, name, shards, batch):
         on_rank_0(lambda: space.network("autoencoder"))
 
     shape = model_config(config, "model", space)
+    # what a resume may not change; more steps, or another number of ranks, are no change
     identity = identity_of(config, train, shape, space, shard=args.shard, images=len(data),
                            clustering=clusters["fingerprint"])
     checkpoints = Checkpoints(args.run_dir, name, train, ranks, identity)
     engine = Engine(name, shape, train, ranks, batch=batch, resumed=checkpoints.resumed,
                     beside=space.weight_bytes())
+
+    # fused: it can skip a step on the device, where nobody waits for it
     optimizer = torch.optim.AdamW(engine.model.parameters(), train.lr,
                                   weight_decay=train.weight_decay, fused=True)
     log = Log(args.run_dir, engine, config, profile=args.profile)
+    # last: it fills what has been made above
     checkpoints.resume(engine, optimizer, log)
     batches = Batches(data, config, engine, Stop())
 
     path = os.path.join(args.run_dir, "experts", f"{args.shard}.safetensors")
     info = describe(config, space, clusters)
+    # how a sampler gets a velocity from its answers
     info |= {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
     training_loop(engine, batches, config=config, space=space, optimizer=optimizer,
                   checkpoints=checkpoints, log=log, path=path, info=info)
@@ -119,6 +125,7 @@ def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log
 
     with training(engine, optimizer, checkpoints, log, batches):
         while engine.step < train.steps:
+            # a step that takes longer ends the process
             watchdog(train.timeout)
             # all ranks learn of a signal before the step, so that all do the same
             stopping = batches.stop.requested()
@@ -129,16 +136,19 @@ def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log
             for b in batches.of_step(engine.step):
                 # the last micro-batch sums the gradients over the ranks
                 engine.sum_gradients(b.last)
+                # [B,C,h,w]; [B,...] or None
                 x_0, c = encode(space, b)
                 t = flow.sample_time(b.u, config.flow.t_density, config.flow.shift)
                 c = drop_condition(engine.config, c, b.drop < config.data.cond_dropout)
 
                 loss = flow.expert_loss(engine, x_0, c, t, b.eps,
                                         config.flow.objective, config.flow.path)    # [B], eq. 6
+                # the rank's mean, of which DDP and FSDP take the mean over ranks
                 (loss.sum() / batches.share).backward()
                 meter.add("loss", loss)
                 meter.add_by_t("loss", loss, t)
                 batches.note_losses(b, t, loss)
+            # a signal came while it waited for data: this step was not made
             if batches.interrupted:
                 break
 
@@ -148,6 +158,7 @@ def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log
             engine.update_ema(train.ema_decay)
             log.step(norm, lr, batches)
 
+            # once asked for, it stays due until a step is good
             saving |= stopping or engine.is_due(train.save_every)
             check_finite(engine, checkpoints, log, batches, saving)
             if engine.is_due(train.log_every):

@@ -55,9 +55,11 @@ def set_steps(train, config, space):
     if train.steps:
         return shape
 
+    # of a forward pass: the backward pass costs both the same multiple
     expert_flops = plan.flops(model_config(config, "model", space))
     experts_flops = expert_flops * config.train.steps * config.train.batch
     train.steps = math.ceil(0.04 * experts_flops / (plan.flops(shape) * train.batch))
+    # where experts take few steps, as on a laptop, 4% of them are next to nothing
     if train.steps < 1000 and os.environ.get("RANK", "0") == "0":
         print(f"warning: 4% of the experts' training FLOPs are {train.steps} steps of the router, "
               f"which may be too few to learn anything: --train.router.steps N gives it more",
@@ -69,18 +71,24 @@ def open_and_train(args, config, train):
     """Opens data, model, optimiser and checkpoints; trains; exports the EMA weights."""
     clusters = read_clusters(args.run_dir)
     ranks = start(args.device, collective_timeout(train))
+    # labelled: each sample of shards/router says its cluster
     data, space = open_shards(args.run_dir, ["router"], config, train, ranks, clusters,
                               labelled=True, verify=args.verify)
 
+    # only now: the share of the FLOPs depends on the latents' size
     shape = set_steps(train, config, space)
+    # what a resume may not change; more steps, or another number of ranks, are no change
     identity = identity_of(config, train, shape, space, images=len(data),
                            clustering=clusters["fingerprint"])
     checkpoints = Checkpoints(args.run_dir, "router", train, ranks, identity)
     engine = Engine("router", shape, train, ranks, batch=train.batch, resumed=checkpoints.resumed,
                     beside=space.weight_bytes())
+
+    # fused: it can skip a step on the device, where nobody waits for it
     optimizer = torch.optim.AdamW(engine.model.parameters(), train.lr,
                                   weight_decay=train.weight_decay, fused=True)
     log = Log(args.run_dir, engine, config, profile=args.profile)
+    # last: it fills what has been made above
     checkpoints.resume(engine, optimizer, log)
     batches = Batches(data, config, engine, Stop())
 
@@ -102,6 +110,7 @@ def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log
 
     with training(engine, optimizer, checkpoints, log, batches):
         while engine.step < train.steps:
+            # a step that takes longer ends the process
             watchdog(train.timeout)
             # all ranks learn of a signal before the step, so that all do the same
             stopping = batches.stop.requested()
@@ -112,6 +121,7 @@ def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log
             for b in batches.of_step(engine.step):
                 # the last micro-batch sums the gradients over the ranks
                 engine.sum_gradients(b.last)
+                # [B,C,h,w]; [B,...] or None
                 x_0, c = encode(space, b)
                 # uniform on [0,1], whatever the experts' density: the answer at t = 1 matters most
                 t = b.u
@@ -119,10 +129,12 @@ def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log
 
                 # [B] each, algorithm 1
                 loss, right = flow.router_loss(engine, x_0, b.k, c, t, b.eps)
+                # the rank's mean, of which DDP and FSDP take the mean over ranks
                 (loss.sum() / batches.share).backward()
                 meter.add("loss", loss)
                 meter.add_by_t("acc", right, t)
                 batches.note_losses(b, t, loss)
+            # a signal came while it waited for data: this step was not made
             if batches.interrupted:
                 break
 
@@ -132,6 +144,7 @@ def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log
             engine.update_ema(train.ema_decay)
             log.step(norm, lr, batches)
 
+            # once asked for, it stays due until a step is good
             saving |= stopping or engine.is_due(train.save_every)
             check_finite(engine, checkpoints, log, batches, saving)
             if engine.is_due(train.log_every):

@@ -27,6 +27,7 @@ def write_tensors(path, tensors, description):
 
     OSError where the file system refuses.
     """
+    # safetensors takes contiguous tensors alone
     tensors = {name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}
     metadata = {KEY: json.dumps(description, sort_keys=True)}
     with atomic(path) as temporary:
@@ -40,6 +41,7 @@ def read_description(path, shape):
     """
     try:
         with safe_open(path, framework="np") as f:
+            # the header alone is read, however large the tensors are
             return parse_json((f.metadata() or {})[KEY], shape)
     except KeyError:
         raise ValueError("it says nothing of itself, so it is none of ours") from None
@@ -49,6 +51,7 @@ def read_description(path, shape):
 
 def build(config):
     """The model of a ModelConfig, with initial weights: Router, MMDiT or DiT."""
+    # K makes a router, double-stream blocks an MMDiT
     if config.clusters:
         return Router(config)
     if config.double:
@@ -88,10 +91,12 @@ def _read_info(path):
     # to build a million blocks would take hours
     if info["model"]["depth"] > len(found):
         raise ValueError("it has fewer weights than blocks")
+    # shapes without memory, to compare the file's with
     with torch.device("meta"):
         model = build(ModelConfig(**info["model"]))
 
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    # missing, superfluous and of another shape alike
     differ = [name for name in found | wanted if found.get(name) != wanted.get(name)]
     if differ:
         raise ValueError(f"weights {sorted(differ)[:3]} are not as its description says")
@@ -108,6 +113,7 @@ def load(path, device="cpu", dtype=torch.float32):
     with torch.device("meta"):
         model = build(ModelConfig(**info["model"]))
 
+    # its logits decide between clusters: see model.Router
     exact = ("head.weight", "head.bias") if info["model"]["clusters"] else ()
     weights = {}
     with safe_open(path, framework="pt", device=str(device)) as f:
@@ -119,6 +125,8 @@ def load(path, device="cpu", dtype=torch.float32):
                                  f"again, or train it again")
             weights[name] = weight
 
+    # assign: the file's tensors become the weights, and are not copied
     model.load_state_dict(weights, assign=True)
+    # the config gives them, so no file has them
     model.reset_positions(device, dtype)
     return model.eval(), info

@@ -125,6 +125,7 @@ class Checkpoints:
         for folder in reversed(self.folders()):
             try:
                 state = read_json(os.path.join(folder, "state.json"), STATE)
+                # one that was copied in part has files that are too short
                 for name, size in state["files"].items():
                     if os.path.getsize(os.path.join(folder, name)) != size:
                         raise ValueError(f"{name} has another size")
@@ -151,14 +152,18 @@ class Checkpoints:
             for group in each.param_groups:
                 settings.append({key: v for key, v in group.items() if key != "params"})
 
+        # filled in place, each rank its own parts of sharded weights
         tensors = self._tensors(engine, optimizer)
         try:
             dcp.load(tensors, checkpoint_id=self.newest, no_dist=not dist.is_initialized())
         except dcp.api.CheckpointException as error:
             raise UserError(f"{self.newest} cannot be read ({cause_of(error)}): delete it, to "
                             f"resume from the one before") from None
+
         set_state_dict(engine.model, optimizer, model_state_dict=tensors["model"],
                        optim_state_dict=tensors["optimizer"])
+
+        # learning rate and weight decay are the script's, not the checkpoint's
         groups = [group for each in optimizers for group in each.param_groups]
         for group, values in zip(groups, settings, strict=True):
             group.update(values)
@@ -189,6 +194,7 @@ class Checkpoints:
             # of a run that was killed here
             for torn in glob.glob(os.path.join(glob.escape(self.folder), "step-*.tmp")):
                 shutil.rmtree(torn, ignore_errors=True)
+
         barrier()
         future = dcp.async_save(
             tensors,
@@ -212,6 +218,8 @@ class Checkpoints:
         power fails there is a whole one to resume from.
         """
         future.result()
+
+        # by which a resume knows that the files are whole
         state["files"] = {}
         for name in sorted(os.listdir(f"{place}.tmp")):
             state["files"][name] = os.path.getsize(os.path.join(f"{place}.tmp", name))
@@ -298,6 +306,7 @@ class Checkpoints:
         training.
         """
         images = engine.step * engine.batch
+        # a collective: sharded weights are gathered
         weights = engine.ema_weights()
         reasons = []
         if self.ranks.rank == 0:
@@ -309,6 +318,7 @@ class Checkpoints:
                 artifacts.save(path, engine.config, weights, dtype, step=engine.step,
                                images=images, flops=engine.image_flops * images, **info)
         self.exported = not any(gather(reasons))
+
         if last and not self.exported:
             raise UserError(f"{path} could not be written: make room, and run the same command "
                             f"again")
@@ -364,7 +374,9 @@ def check_finite(engine, checkpoints, log, batches, saving):
     if total > log.reported and rank == 0:
         print(f"warning: {engine.name}: {total - log.reported} steps up to {engine.step} had a "
               f"gradient that is not finite and were skipped", file=sys.stderr, flush=True)
+
     log.reported = total
+
     too_many = longest >= train.max_nonfinite
     at_the_end = in_a_row and engine.step == train.steps
     if not too_many and not at_the_end:

@@ -37,6 +37,7 @@ class Table(BaseModel):
 
 def key(default, meaning, least=0, most=None):
     """A key of a table. least, most: a number's range; where none is given it is not negative."""
+    # type(), since to isinstance a bool is an int
     if type(default) not in (int, float):
         return Field(default, description=meaning)
     return Field(default, description=meaning, ge=least, le=most)
@@ -47,16 +48,19 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 class Data(Table):
     """What a training image is, what it is conditioned on, and how both are read."""
+    # the image
     size: int = key(32, "pixels a side of the training image, a square", least=1)
     crop: Literal["center", "random"] = key("center", "which square of an image that is not one")
     flip: bool = key(True, "mirror half of the images")
 
+    # its condition
     condition: Literal["none", "class", "text"] = key("text", "what the models are conditioned on")
     classes: int = key(1000, "number of classes, for condition = class", least=1)
     cond_dropout: float = key(
         0.1, "share of samples that lose their condition (for guidance), router and experts alike",
         most=1)
 
+    # how it is read
     shuffle_block: int = key(
         1, "consecutive samples that are read together; 1 is the exact shuffle, "
         "larger suits network file systems", least=1)
@@ -149,12 +153,14 @@ class Flow(Table):
 
 class Train(Table):
     """How a model trains: as it stands here an expert or the monolith."""
+    # how much
     steps: int = key(100_000, "optimiser steps", least=1)
     batch: int = key(
         256, "images a step of the whole ensemble: an expert takes batch / experts, "
         "the monolith and the router batch", least=1)
     micro_batch: int = key(0, "images a forward pass on each rank (0: all of the rank's at once)")
 
+    # the optimiser
     lr: float = key(1e-4, "AdamW's learning rate")
     warmup: int = key(0, "first steps, in which the learning rate rises linearly")
     decay: int = key(0, "last steps, in which the learning rate falls linearly to zero")
@@ -217,12 +223,14 @@ class Plan(Table):
 
 class Sample(Table):
     """How images are sampled; for sample.py and evaluate.py --strategy, --cfg ... for short."""
+    # the solver
     steps: int = key(50, "steps of the solver", least=1)
     solver: Literal["euler", "heun", "ab2"] = key(
         "euler", "first order; second order with two forwards a step; second order with one")
     shift: float = key(
         0.0, "t' = shift t / (1 + (shift - 1) t) of the solver's times (0: as the experts trained)")
 
+    # guidance
     cfg: float = key(4.0, "guidance scale w in v_u + w (v_c - v_u); 1: no guidance")
     cfg_low: float = key(0.0, "guidance from this t")
     cfg_high: float = key(1.0, "to this, at most 1; outside, the conditional branch alone")
@@ -230,6 +238,7 @@ class Sample(Table):
         "shared", "the conditional branch's experts make both branches, "
         "or each branch asks the router for its own")
 
+    # the ensemble
     strategy: str = key(
         "top-1", "which experts make a step: full, top-N, sample-N, threshold-P, nucleus-P, "
         "once or oracle-N")
@@ -241,6 +250,7 @@ class Sample(Table):
         0.001, "with route_every > 1: an expert with at least 1 - epsilon is kept to the end, "
         "the router not asked again (0: never); less than 1")
 
+    # memory and speed
     resident: int = key(0, "experts on the device at most (0: all that are used)")
     precision: Precision = key(
         "auto", "of the weights; auto: bf16 on a GPU, fp32 on a CPU; "
@@ -351,6 +361,7 @@ def _mistake(name, value, field, kind):
     said = f"{name} = {_shown(value)}"
     options = get_args(field.annotation)
 
+    # of a choice: all there is
     if options:
         allowed = ", ".join(repr(option) for option in options)
         return f"{said} is not one of {allowed}"
@@ -404,6 +415,7 @@ def read_toml(path):
         # no TOML, a number of too many digits, nested to death
         raise UserError(f"cannot read config {path}: {error}") from None
 
+    # filled on the way through tables within tables
     values = {}
     _read_table(path, tables, "", values)
     return values
@@ -501,6 +513,7 @@ def load_run(run_dir, given, stage="", path=""):
             raise UserError(f"no run at {run_dir} ({path} is missing): "
                             f"make it with cluster.py --run-dir {run_dir} --data ...")
 
+    # the router's --train.lr is its own, not the experts'
     flags = {}
     for name, value in given.items():
         table, _, key = name.rpartition(".")
@@ -545,6 +558,7 @@ def make_parser(doc, short_table=""):
     parser.add_argument("--device", default="",
                         help="cpu | cuda | cuda:1 (default: the best there is)")
 
+    # not in --help, where they would hide the script's own
     for table, table_class in TABLES.items():
         for key, field in table_class.model_fields.items():
             names = [f"--{table}.{key}"]
@@ -585,7 +599,9 @@ def parse(parser, argv=None):
         flag = unknown[0].split("=")[0]
         raise UserError(f"unknown argument {flag}{_nearest(flag, parser._option_string_actions)}")
 
+    # flags of keys go into the config, the script's own stay in args
     given = {}
+    # a copy: the script's Namespace loses entries in the loop
     for name, text in list(vars(args).items()):
         if "." not in name:
             continue
@@ -620,6 +636,7 @@ def model_config(config, table, space, clusters=0):
         needed = ", ".join(f"{table}.{key}" for key in unset)
         raise UserError(f"{table} has no preset, so it needs {needed}, too")
 
+    # what the condition adds
     if config.data.condition == "class":
         shape["classes"] = config.data.classes
     if config.data.condition == "text":

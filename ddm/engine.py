@@ -190,11 +190,14 @@ class Engine:
         if self.compiled and self.ranks.rank == 0:
             warn_of_rest(self.name, self.batch // self.ranks.world, train.micro_batch)
 
+        # before there is memory for it: each rank takes that of its shard alone
         if self.sharded:
             self._shard()
         self.model.to_empty(device=self.ranks.device).reset_positions(self.ranks.device)
+        # which a checkpoint would overwrite
         if not resumed:
             self._fill(initial or {})
+        # equal to the weights at first; a resume loads both
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
         self.wrapped = self.model
@@ -216,6 +219,7 @@ class Engine:
             cast_forward_inputs=False,
         )
         mesh = dist.init_device_mesh(self.ranks.device.type, (self.ranks.world,))
+        # blocks first: what is left belongs to the model's own group
         for module in (*self.model.blocks, self.model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
@@ -223,6 +227,7 @@ class Engine:
         """The same initial weights on all ranks, from train.seed, with those of `initial` over."""
         weights = {}
         if not self.sharded or self.ranks.rank == 0:
+            # on the host, whose random numbers are the same beside any device
             torch.manual_seed(self.train.seed)
             weights = artifacts.build(self.config).state_dict() | initial
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.sharded)
@@ -254,6 +259,7 @@ class Engine:
         """Scales the gradient to a norm of at most `largest` (0: as it is). -> its norm before."""
         parameters = self.model.parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
+        # of shards it is summed only now
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def optimizer_step(self, norm, *optimizers):

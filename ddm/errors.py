@@ -36,6 +36,7 @@ def script(main):
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a file's name need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
+
     try:
         main()
     except UserError as error:
@@ -48,17 +49,21 @@ def script(main):
         end(1, traceback.format_exc())
     except KeyboardInterrupt:
         end(130, "stopped by Ctrl-C")
+    # --help, or an exit code that main() has chosen
     except SystemExit:
         raise
     except BaseException:
         # some of torch's are no Exception
         end(1, traceback.format_exc())
+
+    # only a main() that has returned comes here
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def end_of_mistake(error):
     """Ends the process for a UserError."""
+    # no other rank is going to say it
     if error.local:
         end(2, error_line(error))
     # ranks other than 0 keep silent about what all of them have met
@@ -78,13 +83,18 @@ def end(code, text, after=0):
     after: seconds that ranks other than 0 wait with it. torchrun ends them when the first has gone:
     rank 0 speaks first.
     """
+    # asleep, it lets torchrun's SIGTERM end it at once
     if after and os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(after)
     if text:
         print(text.rstrip(), file=sys.stderr, flush=True)
+
+    # alone: Python ends in good order, with atexit and finally
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(code)
+
+    # neither atexit nor finally: what they clean up may wait for the other ranks
     sys.stdout.flush()
     kill_children()
     os._exit(code)
@@ -98,6 +108,7 @@ def kill_children():
 
 # ---- what the file system refuses ----------------------------------------------------------------
 
+# an errno that is missing here is told without a remedy
 REMEDIES = {
     errno.ENOSPC: "make room, and run the same command again",
     errno.EDQUOT: "the quota is used up: make room, and run the same command again",
@@ -131,6 +142,7 @@ def explain(error):
                 f"UTF-8 locale (LANG=C.UTF-8)")
 
     path = error.filename
+    # of a rename: where to
     if error.filename2 is not None:
         path = error.filename2
     if error.errno in REMEDIES and (path is not None or error.errno in PATHLESS):

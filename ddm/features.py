@@ -173,6 +173,7 @@ def cluster_space(run_dir, config, clustering, device):
     UserError if the run was clustered by another network than [features] of its config names.
     """
     meant = clustering["extractor"]
+    # as stage 1 computed them, whatever this machine would choose
     precision = "bf16" if meant["preprocessing"].endswith("bfloat16") else "fp32"
     found = extractor(_in_precision(config.features, precision), device)
     if encoders.identity(found.info) != encoders.identity(meant):
@@ -293,6 +294,7 @@ def read_reference(data, spaces, clusters, folder, batch, ranks):
                 write_tensors(paths[i], tensors, descriptions[i])
     barrier()
 
+    # all ranks read them, so all go on with the same bits
     found = [load_file(path) for path in paths]
     return found[:-1], found[-1]["clusters"]
 
@@ -326,6 +328,7 @@ def _measure_reference(data, spaces, clusters, *, batch, ranks):
     labels = torch.full((2, len(data)), -1)
     causes = collections.Counter()
 
+    # every world-th image: the ranks share the work
     mine = list(range(ranks.rank, len(data), ranks.world))
     workers = max(0, min(8, cores() // local_world() - 1))
     loader = torch.utils.data.DataLoader(

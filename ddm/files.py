@@ -22,7 +22,9 @@ def sync(path):
     """What has been written to a file, or which names a folder holds, survives a loss of power from
     here on.
     """
+    # for reading alone: a folder can be opened in no other way
     descriptor = os.open(path, os.O_RDONLY)
+
     try:
         os.fsync(descriptor)
     finally:
@@ -43,29 +45,36 @@ def atomic(path):
     knows no name.
     """
     folder = os.path.dirname(os.path.abspath(path))
+    # beside it: a rename is a single step only within one file system
     temporary = temporary_name(path)
+
     try:
         os.makedirs(folder, exist_ok=True)
+        # an exception in the caller's block skips the rename, and what was at `path` stays
         yield temporary
         # safetensors would make its files private
         os.chmod(temporary, 0o666 & ~UMASK)
+        # first the bytes, then the name: the other way round, power may fail in between
         sync(temporary)
         os.replace(temporary, path)
         # some network file systems cannot
         with contextlib.suppress(OSError):
             sync(folder)
     except SafetensorError as error:
+        # safetensors is written in Rust, and gives the number within a text alone
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise UserError(f"{path} could not be written: {error}") from None
         number = int(number[1])
         raise OSError(number, os.strerror(number), path) from None
     except OSError as error:
+        # the temporary name would tell the user nothing
         if error.filename is None or error.filename == temporary:
             error.filename = path
             error.filename2 = None
         raise
     finally:
+        # renamed, it is gone; still there, it is half-written
         if os.path.exists(temporary):
             os.remove(temporary)
 
@@ -79,6 +88,7 @@ def write_text(path, text):
 def _try(temporary, path):
     """Writes and removes the file `temporary`; an OSError names `path`."""
     try:
+        # done rather than asked for: of a network file system os.access may be wrong
         open(temporary, "wb").close()
         os.remove(temporary)
     except OSError as error:
@@ -91,6 +101,7 @@ def try_folder(path):
     OSError.
     """
     os.makedirs(path, exist_ok=True)
+    # any name will do
     _try(temporary_name(os.path.join(path, "x")), path)
 
 
@@ -101,6 +112,8 @@ def try_file(path):
     if os.path.exists(path) and not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "no ordinary file"
         raise UserError(f"{path} is {kind}: give another name")
+
+    # the file itself is not opened: it may hold what an earlier call has worked for
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     _try(temporary_name(path), path)
 
@@ -125,10 +138,14 @@ def decode_text(payload):
     """
     encoding = "utf-8"
     if payload.startswith(MARKS):
+        # the first that fits, by the order of BOMS
         mark = next(filter(payload.startswith, BOMS))
         payload = payload[len(mark):]
         encoding = BOMS[mark]
+
     text = payload.decode(encoding)
+
+    # each letter of UTF-16 has one, where it is taken for UTF-8
     if "\0" in text:
         raise ValueError("it holds zero bytes; is it UTF-16 without a byte order mark?")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -156,6 +173,7 @@ def check_shape(value, shape, where=""):
     shape: a type, {key: shape}, {str: shape} for any keys, [shape]. where: its name in the file.
     """
     name = where or "it"
+    # `where` grows on the way down, so that the error names the place in the file
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             raise ValueError(f"{name} is no table")
@@ -171,8 +189,11 @@ def check_shape(value, shape, where=""):
 
 
 def _check_table(value, shape, where):
+    # any keys, such as names of tars
     if str in shape:
         shape = dict.fromkeys(value, shape[str])
+
+    # more keys than these are no mistake
     for key, inner in shape.items():
         place = f"{where}.{key}".lstrip(".")
         if key not in value:
@@ -184,8 +205,11 @@ def _is_of(value, kind):
     """isinstance, for JSON: a whole number may be a float, and true is no number."""
     if kind is float and type(value) is int:
         return True
+
+    # bool is a subclass of int
     if kind is int and isinstance(value, bool):
         return False
+
     return isinstance(value, kind)
 
 
@@ -206,6 +230,7 @@ def read_json(path, shape):
     try:
         with open(path, "rb") as f:
             return parse_json(decode_text(f.read()), shape)
+    # callers tell a file that is missing from one that is damaged
     except FileNotFoundError:
         raise
     except OSError as error:

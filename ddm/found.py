@@ -63,9 +63,11 @@ def printable(text):
 def file_format(path):
     """What a file named .tar is that is none; empty where its first bytes tell nothing."""
     with open(path, "rb") as f:
+        # enough for the longest of FORMATS, behind some blank lines
         head = f.read(512)
     if not head:
         return "empty (0 bytes): download or copy it again"
+    # text formats may begin with white space
     for magic, words in FORMATS.items():
         if head.lstrip().startswith(magic):
             return words
@@ -77,6 +79,7 @@ def ending(path):
     if os.path.isdir(path):
         return "folder"
     lower = path.lower()
+    # in this order .tar.gz is found before .gz
     for end in (*TOOLS, *ARCHIVES):
         if lower.endswith(end):
             return end
@@ -93,6 +96,7 @@ def remedy(paths):
     """What to do with files that are no tars; empty where that is not known."""
     endings = {path: ending(path) for path in paths}
 
+    # one kind decides, even where there are several: each needs a command of its own
     compressed = [path for path, end in endings.items() if end in TOOLS]
     if compressed:
         command = f"{TOOLS[endings[compressed[0]]]} {shlex.quote(compressed[0])}"
@@ -104,6 +108,7 @@ def remedy(paths):
 
     images = [path for path, end in endings.items() if end in IMAGES]
     if images:
+        # the folder that holds all of them
         folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in images])
         folder = shlex.quote(os.path.relpath(folder))
         return ("pack them into tar shards, KEY.jpg with its caption KEY.txt or class number "
@@ -122,6 +127,7 @@ def list_files(folder):
     files = []
     for at, _, names in os.walk(folder):
         files += [os.path.join(at, name) for name in sorted(names)]
+        # data sets have millions of files, and this is for a line of text
         if len(files) >= MANY:
             break
     return files[:MANY]
@@ -137,9 +143,11 @@ def look_into(folder):
     if not tars:
         return f"{folder} holds {count_endings(files)}; {remedy(files) or WANTED}"
 
+    # a pattern for those in the folder itself, or else for those anywhere below it
     on_top = any(os.path.dirname(path) == folder.rstrip("/") for path in tars)
     extension = os.path.splitext(tars[0])[1]
     pattern = os.path.join(folder, "" if on_top else "**", f"*{extension}")
+    # what is suggested has been tried
     if glob.glob(pattern, recursive=True):
         return f"{folder} is a folder with {len(tars)} tars; did you mean '{pattern}'?"
     return f"{folder} is a folder with {len(tars)} tars: name them"
@@ -154,18 +162,24 @@ def instead_of_tars(pattern, matched):
         return ("files of this machine are read, no URLs: download them first (aws s3 sync, wget), "
                 "or mount the bucket")
 
+    # something is there, but no tar
     files = [path for path in matched if not os.path.isdir(path)]
     if files:
         return f"it matches {count_endings(matched)}; {remedy(files) or WANTED}"
     if matched:
         return look_into(matched[0])
 
+    # {00000..00099}.tar, as WebDataset writes it
     if re.search(r"\{[^}]*(,|\.\.)[^}]*\}", pattern):
         wider = re.sub(r"\{[^}]*\}", "*", pattern)
         if glob.glob(wider, recursive=True):
             return f"braces are not expanded: did you mean '{wider}'?"
         return "braces are not expanded here, but by the shell, without quotes"
+    return _nearest_folder(pattern)
 
+
+def _nearest_folder(pattern):
+    """What is where a pattern that matches nothing points to."""
     # the nearest folder above that there is
     wanted = os.path.dirname(pattern)
     folder = wanted
@@ -183,6 +197,7 @@ def instead_of_samples(path, names, cause, condition):
 
     names: [(key, extension)] of its members, in their order.
     """
+    # a few names show how all are built
     shown = []
     for key, extension in names[:4]:
         shown.append(printable(f"{key}.{extension}" if extension else key))
@@ -200,26 +215,29 @@ def instead_of_samples(path, names, cause, condition):
 def _likely(names, cause, condition):
     """The likely reason that the samples of a tar cannot be used, and what to do."""
     endings = collections.Counter(extension.lower() for _, extension in names)
+    # names first: how they are built may be behind any cause
     reason = _dots(endings) or _order(names)
     if reason:
         return reason
+    # these are of RUN/latents
     if "lat" in endings and not any(f".{end}" in IMAGES for end in endings):
         return "KEY.lat holds latents, --data takes images"
     if cause.startswith("no image"):
         return "images are KEY.jpg, KEY.jpeg, KEY.png, KEY.webp or KEY.bmp"
-    if condition == "text" and "UTF-8" in cause:
-        return "save captions as UTF-8"
-    if condition == "text" and "caption" in cause:
-        return _captions(endings)
-    if condition == "class" and "class" in cause:
+    # what is left is a condition that cannot be used
+    if condition == "text":
+        return _captions(endings, cause)
+    if condition == "class":
         return _classes(endings, cause)
     return ""
 
 
 def _dots(endings):
     """Names with further dots, of which the first ends the key. endings: extension -> how many."""
+    # a key ends at the first dot, so these hold what was meant to be a part of it
     dotted = [extension for extension in endings if "." in extension]
     for extension in dotted:
+        # a.jpg.txt beside a.jpg: a caption that is named after the whole file
         first, *_, last = extension.split(".")
         if last == "txt" and f".{first}" in IMAGES:
             return ("KEY ends at the first dot of a name, so the caption of "
@@ -234,13 +252,21 @@ def _dots(endings):
 def _order(names):
     """Keys that come back after other keys: members of one sample that do not stand together."""
     keys = [key for key, _ in names]
+    # groupby begins anew when a key comes back, a set does not
     if len(list(itertools.groupby(keys))) > len(set(keys)):
         return ("the members of one sample must stand together: pack the tar again in the order of "
                 "names, tar --sort=name -cf NAME.tar -C FOLDER .")
     return ""
 
 
-def _captions(endings):
+def _captions(endings, cause):
+    """What to do about captions, if they are the cause; else empty."""
+    if "UTF-8" in cause:
+        return "save captions as UTF-8"
+    if "caption" not in cause:
+        return ""
+
+    # a caption under another name comes first: KEY.txt alone is read
     for end in CAPTIONS:
         if end in endings:
             return (f"captions are read from KEY.txt alone, here may be some in KEY.{end}: write "
@@ -254,6 +280,10 @@ def _captions(endings):
 
 
 def _classes(endings, cause):
+    """What to do about classes, if they are the cause; else empty."""
+    if "class" not in cause:
+        return ""
+
     if "cls" in endings and "outside" in cause:
         return "raise data.classes, or number the classes from 0"
     if "cls" in endings:

@@ -64,10 +64,12 @@ def open_shards(run_dir, shards, config, train, ranks, clusters, *, labelled=Fal
         parts = {", ".join(folders): sorted(sum(tars, []))}
     data = []
     for i, (folder, paths) in enumerate(parts.items()):
+        # of its own: with the same seed all shards would be shuffled alike
         seed = mix(train.seed, i) if apart else train.seed
         data.append(_dataset(paths, config, space, cache, seed, labelled))
         if not len(data[-1]):
             raise UserError(f"no samples in {folder}")
+    # of latents there may be fewer: samples that cannot be used are left out
     if not cache:
         check_samples(data)
 
@@ -80,6 +82,7 @@ def index_all(tars, ranks):
     every = sum(tars, [])
     for path in every[ranks.rank::ranks.world]:
         index_tar(path)
+    # only now are all of them there, so that no rank makes one a second time
     barrier()
 
 
@@ -104,9 +107,12 @@ def open_cache(run_dir, shards, config, clusters, space):
     """
     if not (config.data.use_latents and config.autoencoder.name):
         return None
+
     cache = read_cache(run_dir, shards, config, clusters)
     if cache is None:
         return None
+
+    # from here on the frozen networks work as they did for the cache
     for role in ("autoencoder", "text"):
         made = cache[role]
         if made["name"]:
@@ -125,7 +131,9 @@ def find_shard_tars(folders, config, cache):
         tars.append(paths)
         if not paths:
             missing.append(folder)
+
     if missing:
+        # one shard without them, and all are read as images
         hint = ""
         if not cache and config.autoencoder.name and config.data.use_latents:
             hint = "; latents are used where all shards have them"
@@ -141,6 +149,7 @@ def check_shards(run_dir, shards, clusters, ranks, *, cached, verify):
         if verify and not os.path.isdir(folder):
             raise UserError(f"--verify compares {folder} with its manifest, but only its latents "
                             f"are here: leave it out")
+        # of latents alone there is no shard here to compare
         if not cached or verify:
             check_shard(folder, clusters["fingerprint"], ranks, verify)
 
@@ -159,13 +168,16 @@ def announce_cache(config, space, folders, cache):
 def _dataset(tars, config, space, cache, seed, labelled):
     """The TarDataset of some tars, of a run's images or of their cached latents."""
     text = config.text
+    # how the decoding processes read a condition
     encode = to_tensor
     if config.data.condition == "text":
         # a pretrained encoder reads a batch of captions at once, in the training process
         encode = None
         if not space.text_dim:
             encode = functools.partial(hash_words, length=text.length, vocab=text.vocab)
+    # (length, width) of KEY.tok
     tokens = (text.length, space.text_dim) if has_tokens(cache) else None
+
     return TarDataset(
         tars,
         config.data.size,
@@ -186,6 +198,7 @@ def _dataset(tars, config, space, cache, seed, labelled):
 
 def check_samples(data):
     """UserError unless each tar has as many samples as its manifest says."""
+    # read once a folder
     manifests = {}
     for part in data:
         for tar, rows in zip(part.tars, part.index, strict=True):
@@ -204,10 +217,12 @@ def positions(first, last, batch, rank, world, micro):
     """The positions of a rank's micro-batches (lists of `micro` or fewer) in steps first..last-1:
     its share of each global batch.
     """
+    # rank after rank, side by side: the batch is the same whatever their number
     share = batch // world
     for step in range(first, last):
         begin = step * batch + rank * share
         for i in range(begin, begin + share, micro):
+            # the last one may have fewer
             yield list(range(i, min(i + micro, begin + share)))
 
 
@@ -254,8 +269,10 @@ def encode(space, batch):
     networks.
     """
     c = batch.c
+    # captions, where no token features are cached
     if isinstance(c, list):
         c = space.captions(c)
+    # images; cached latents come as floats
     if batch.x.dtype == torch.uint8:
         return space.x_0(batch.x, batch.post), c
     return batch.x, c
@@ -278,10 +295,13 @@ class Batches:
         # this rank's images a step, and those of a forward pass
         self.share = self.batch // self.ranks.world
         self.micro = min(self.train.micro_batch or self.share, self.share)
+
         self.workers = config.data.workers
         if self.workers < 0:
+            # the training process wants a core of its own
             self.workers = max(1, min(8, cores() // local_world() - 1))
 
+        # opened by the first step, which after a resume is not 0
         self.loader = None
         self.interrupted = False
         # of the step: seconds spent waiting, (tar, sample, cause) of those that cannot be used, and
@@ -298,8 +318,11 @@ class Batches:
         # processes that ignore signals
         can_fork = "fork" in multiprocessing.get_all_start_methods()
         atexit.register(kill_children)
+
+        # to the last step of all: decoding runs ahead across steps
         mine = positions(step, self.train.steps, self.batch, self.ranks.rank, self.ranks.world,
                          self.micro)
+
         self.loader = iter(torch.utils.data.DataLoader(
             Reader(self.data),
             batch_sampler=mine,
@@ -318,9 +341,12 @@ class Batches:
         """Yields the micro-batches of a step, which must come one after the other."""
         if self.loader is None:
             self._open(step)
+
         self.waited = 0.0
         self.bad = []
         self.losses = []
+
+        # the loader goes through the same positions, without saying where it is
         own = positions(step, step + 1, self.batch, self.ranks.rank, self.ranks.world, self.micro)
         own = list(own)
         for places in own:
@@ -332,14 +358,17 @@ class Batches:
                 self.interrupted = True
                 return
             self.waited += time.perf_counter() - since
+
             self._note_bad(tensors["bad"])
             yield self._to_device(tensors, places[0], last=places is own[-1])
 
     def _to_device(self, tensors, position, last):
+        # from pinned memory the copies run beside the GPU's work
         moved = {}
         for name, value in tensors.items():
             if isinstance(value, torch.Tensor):
                 moved[name] = value.to(self.ranks.device, non_blocking=True)
+
         c = tensors["c"]
         if isinstance(c, torch.Tensor):
             # condition = none has no numbers
@@ -354,6 +383,7 @@ class Batches:
         try:
             batch = next(self.loader)
         except RuntimeError as error:
+            # of a decoding process torch hands over no more than a text
             words = str(error)
             if "Too many open files" in words:
                 raise UserError("too many open files, of which decoding processes need one a "
@@ -365,6 +395,7 @@ class Batches:
                             f"shared memory (/dev/shm), of memory or of open files (ulimit -n), "
                             f"or killed: fewer --data.workers (0: none), or more room",
                             local=True) from None
+
         if isinstance(batch, UserError):
             raise UserError(str(batch), local=True)
         return batch
@@ -376,6 +407,7 @@ class Batches:
             self.warned += 1
             if self.warned > WARNINGS:
                 continue
+
             more = ""
             if self.warned == WARNINGS:
                 more = f" (more are only listed in logs/{self.name}.skipped.csv)"
@@ -390,6 +422,7 @@ class Batches:
         """The samples of the step whose loss is not finite, as this rank sees them, in words."""
         found = []
         for position, t, loss in self.losses:
+            # waits for the device, as nothing else of a step does: something has gone wrong
             t = t.cpu()
             loss = loss.cpu()
             for i in range(len(loss)):
@@ -422,13 +455,18 @@ def check_shared_memory(data, position, micro, workers):
     """
     if not workers or not os.path.isdir("/dev/shm"):
         return
+
+    # each tensor is a file of its own there, in whole pages
     page = 4096
     batch = 0
     for value in collate([data[position]]).values():
         if isinstance(value, torch.Tensor):
             batch += -(-value.nbytes * micro // page) * page
+
+    # those that are ready, and the one in use
     need = batch * (AHEAD * workers + 1) * local_world()
     free = shutil.disk_usage("/dev/shm").free
+
     if free < need:
         raise UserError(f"the shared memory /dev/shm has {free / 1e6:.3g} MB free, and {workers} "
                         f"decoding processes a rank put up to {need / 1e6:.3g} MB there: make it "
@@ -460,6 +498,7 @@ def planned_space(args, config):
     names = []
     if config.data.condition == "text" and config.text.name != encoders.NONE["text"]:
         names = config.text.name.split(" + ")
+
     known = plan.AUTOENCODERS.get(config.autoencoder.name)
     if args.plan and known and all(name in plan.TEXT_ENCODERS for name in names):
         factor, channels = known

@@ -47,8 +47,10 @@ class Lock:
 
     def __enter__(self):
         os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+
         deadline = time.monotonic() + LEASE
         while self.file is None:
+            # not "w": what is in it may be somebody's
             file = open(self.path, "a+b")
             try:
                 if self._take(file, deadline):
@@ -60,23 +62,28 @@ class Lock:
                 if self.file is None:
                     file.close()
 
+        # for whoever finds it taken
         holder = {
             "host": socket.gethostname(),
             "kernel": this_kernel(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
+
         self.file.truncate(0)
         self.file.write(json.dumps(holder).encode())
         self.file.flush()
         # a forked process would hold the lock for as long as it lives
         os.register_at_fork(after_in_child=self.file.close)
+
+        # a daemon, so that it ends with the program, whatever happens
         self.done = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, *error):
         self.done.set()
+        # while it is still locked: nobody gets hold of a file that is about to go
         with contextlib.suppress(OSError):
             os.remove(self.path)
         self.file.close()
@@ -103,6 +110,8 @@ class Lock:
 
         holder = self._holder(file)
         here = holder is None or holder["kernel"] == this_kernel()
+
+        # within one kernel flock alone decides
         if taken and here:
             raise UserError(self._taken(holder))
 
@@ -110,11 +119,14 @@ class Lock:
         unknown = holder is not None and not (here and by_kernel)
         if unknown and self._shows_life():
             raise UserError(self._taken(holder))
+
         if taken:
             # by a machine that is dead: the file server gives the lock up in a while
             if time.monotonic() > deadline:
                 raise UserError(self._taken(holder))
             return False
+
+        # locked, but perhaps a file that its last holder has removed: then there is another
         return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
 
     def _holder(self, file):
@@ -136,8 +148,11 @@ class Lock:
         """Looks for SILENCE whether the holder touches the file."""
         print(f"{self.path} is of another machine: looking for {SILENCE} s whether its process "
               f"lives", file=sys.stderr, flush=True)
+
+        # clocks of two machines differ: all that counts is whether the time moves
         first = os.stat(self.path).st_mtime_ns
         until = time.monotonic() + SILENCE
+
         while True:
             last_look = time.monotonic() > until
             # opened anew, a network file system says the truth

@@ -35,6 +35,7 @@ BINS = 5
 # a row is remarkable whose value is so many times the median of the ten rows before
 SPIKES = (("loss", "loss", 1.5), ("norm_max", "grad_norm", 10))
 
+# how the log writes a finite number
 NUMBER = re.compile(r"\d+\.\d+")
 
 
@@ -59,6 +60,7 @@ class Meter:
 
     def add(self, name, values):
         """Values [...] of any shape, of which the log shows the mean."""
+        # float64: in float32 a sum over millions of values would lose digits
         values = values.detach().double()
         entry = self._entry(self.of_step, name)
         entry[0, 0] += values.sum()
@@ -69,14 +71,17 @@ class Meter:
         bins = (t.detach() * BINS).long().clamp(max=BINS - 1)
         values = values.detach().double()
         entry = self._entry(self.of_step, f"{name}_t", rows=BINS)
+        # one row a bin: sums and counts at once
         entry.index_add_(0, bins, torch.stack([values, torch.ones_like(values)], dim=1))
 
     def commit(self, norm):
         """Counts what the step added if the gradient's norm (a scalar) is finite, else drops it."""
         finite = norm.isfinite()
+        # before the loop, so that it is dropped with the rest
         self.add("grad_norm", norm)
         for name, sums in self.of_step.items():
             entry = self._entry(self.kept, name, rows=len(sums))
+            # chosen on the device: an `if` would wait for it
             entry += torch.where(finite, sums, 0)
         self.of_step = {}
 
@@ -89,9 +94,11 @@ class Meter:
 
     def totals(self):
         """{name: [[sum, count], ...]} over all ranks; a collective."""
+        # the ranks' sums are concatenated, so all need the same order
         names = sorted(self.kept)
         if not names:
             return {}
+
         flat = sum_over_ranks(torch.cat([self.kept[name] for name in names])).tolist()
 
         totals = {}
@@ -108,7 +115,9 @@ class Meter:
             for i, (total, count) in enumerate(rows):
                 column = f"{name}{i}" if len(rows) > 1 else name
                 means[column] = total / count if count else math.nan
+        # all ranks have the same norm already
         means["norm_max"] = float(self.norm_max)
+
         self.kept = {}
         self.norm_max.zero_()
         return means
@@ -131,11 +140,13 @@ class Table:
     def __init__(self, path, columns, resumed=False, last=0):
         self.path = path
         self.columns = columns
+        # rows after the checkpoint will be written once more
         rows = []
         if resumed and os.path.exists(path):
             for row in self.read():
                 if (row["step"] or "").isdigit() and int(row["step"]) <= last:
                     rows.append(row)
+
         self._write(rows)
         # what has been written lately
         self.recent = rows[-10:]
@@ -145,6 +156,8 @@ class Table:
         with open(self.path, encoding="utf-8", newline="", errors="replace") as f:
             reader = csv.DictReader(f)
             rows = list(reader)
+
+        # a file of something else counts as empty
         if reader.fieldnames and "step" in reader.fieldnames:
             self.columns = reader.fieldnames
             return rows
@@ -162,6 +175,7 @@ class Table:
     def add(self, rows):
         """Appends dicts, {column: text}. A full disk costs a warning: weights are worth more."""
         self.recent = (self.recent + rows)[-10:]
+
         try:
             new = [column for column in rows[0] if column not in self.columns]
             if new:
@@ -170,6 +184,7 @@ class Table:
                 self.columns = [*rows[0], *(c for c in self.columns if c not in rows[0])]
                 self._write(before + rows)
                 return
+            # appended: to rewrite the file would cost more, the longer a training lasts
             with open(self.path, "a", encoding="utf-8", newline="", errors="replace") as f:
                 csv.DictWriter(f, self.columns).writerows(rows)
         except OSError as error:
@@ -194,6 +209,7 @@ class Log:
         self.profile = profile and engine.ranks.rank == 0
 
         self.meter = Meter(self.ranks.device)
+        # of training over all resumes, and times the ranks
         self.seconds = 0.0
         self.device_seconds = 0.0
         # samples that could not be used: in all, and (step, tar, name, cause) since the last row
@@ -206,6 +222,7 @@ class Log:
         self.waited = 0.0
         self.lr = 0.0
 
+        # open on rank 0 alone: elsewhere they stay None
         self.bar = None
         self.profiler = None
         self.open = contextlib.ExitStack()
@@ -224,6 +241,7 @@ class Log:
 
     def state(self):
         """What a checkpoint keeps, JSON; a collective."""
+        # gathered, because another number of ranks may resume
         skipped = []
         for of_rank in gather(self.skipped):
             skipped += of_rank
@@ -241,6 +259,8 @@ class Log:
         self.device_seconds = state["device_seconds"]
         self.bad = state["bad"]
         self.meter.load(state["meter"], self.ranks.rank)
+
+        # all of them: rank 0 writes the rows
         if self.ranks.rank == 0:
             self.skipped = [tuple(row) for row in state["skipped"]]
 
@@ -258,6 +278,7 @@ class Log:
         last = min((row[0] - 1 for row in self.skipped), default=step)
         columns = ["step", "tar", "sample", "cause"]
         self.skipped_table = Table(f"{self.path}.skipped.csv", columns, resumed, last=last)
+
         bar = progress(desc=self.engine.name, total=self.engine.train.steps, initial=step)
         self.bar = self.open.enter_context(bar)
         if self.profile:
@@ -274,6 +295,7 @@ class Log:
         self.lr = lr
         self.images += self.engine.batch
         self.waited += batches.waited
+        # as this rank sees them; `row` gathers them
         for tar, sample, cause in batches.bad:
             self.skipped.append((self.engine.step, tar, sample, cause))
         if self.bar is not None:
@@ -292,6 +314,7 @@ class Log:
         seconds = now - self.since
         self.seconds += seconds
         self.device_seconds += seconds * self.ranks.world
+        # both are collectives, for which no rank may have left
         means = self.meter.means()
         self._count_bad(images)
 
@@ -305,6 +328,7 @@ class Log:
             "norm_max": f"{means.pop('norm_max'):.5f}",
             "images_per_s": f"{self.images / seconds:.1f}",
             "mfu": self._mfu(seconds),
+            # share of the time in which this rank waited for data
             "wait": f"{self.waited / seconds:.4f}",
             "memory_gb": f"{self._peak_memory() / 1e9:.2f}",
             "images": images,
@@ -312,6 +336,7 @@ class Log:
             "bad": self.bad,
             "nonfinite": int(self.engine.nonfinite[1]),
         }
+        # what else the script has added: loss_t0, acc_t3, ...
         for column, mean in means.items():
             values[column] = "" if math.isnan(mean) else f"{mean:.5f}"
 
@@ -335,6 +360,7 @@ class Log:
             self.skipped_table.add([dict(zip(columns, row, strict=True)) for row in rows])
 
         read = images + self.bad
+        # a handful in a short training is no reason to stop
         if self.bad > 10 and self.bad > self.max_bad * read:
             raise UserError(f"{self.bad} of {read} samples could not be used, more than "
                             f"data.max_bad = {self.max_bad} of them: see {self.path}.skipped.csv")
@@ -349,6 +375,7 @@ class Log:
     def _peak_memory(self):
         """Bytes that this rank took at most: of its GPU since the last row, or of the host."""
         if self.ranks.device.type != "cuda":
+            # in KiB on Linux, and since the process began
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -361,8 +388,10 @@ class Log:
                 # neither nan nor torn
                 if NUMBER.fullmatch(row[usual_key] or ""):
                     before.append(float(row[usual_key]))
+            # too few to know what is usual
             if len(before) < 5:
                 continue
+            # a median, which another spike among them does not move
             usual = statistics.median_high(before)
             if float(values[key]) > times * usual:
                 print(f"warning: {self.engine.name}: a spike before step {values['step']}: {key} "
@@ -372,6 +401,7 @@ class Log:
 
 def step_line(values):
     """What the progress bar says of a row: loss, by noise level, images/s, MFU."""
+    # loss_t0 ... of an expert, acc_t0 ... of the router
     by_t = [name for name in values if name.endswith(tuple(f"_t{i}" for i in range(BINS)))]
     line = f"loss {values['loss']}"
     if by_t:
@@ -399,15 +429,21 @@ def save_samples(engine, config, data, space, folder, side=4, solver_steps=25):
 
     with dispensable("the samples") as reasons:
         shape = (space.channels, space.size, space.size)
+        # a seed each, and the same at every step: grids differ by the weights alone
         noise = []
         for seed in range(side * side):
             noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
         x = torch.stack(noise)
+
+        # the first of the stream, in all grids the same
         c = collate([data[i] for i in range(side * side)])["c"]
+        # without a text encoder they are tensors
         if isinstance(c, list):
             c = space.captions(c)
         else:
             c = c.to(engine.ranks.device) if c.numel() else None
+
+    # where one rank lacks memory none may begin: the others would wait for it
     if engine.sharded:
         reasons = sum(gather(reasons), [])
     if reasons:
@@ -459,11 +495,15 @@ def sample_ema(engine, config, space, x, c, solver_steps):
     eager = torch.compiler.set_stance("force_eager")
     sharded_bf16 = engine.sharded and engine.bf16
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=sharded_bf16)
+
+    # t from 1 (noise) down to 0
     times = flow.time_grid(solver_steps, config.flow.shift)
+    # exchanged in place: a copy of the model would take memory
     engine.swap_ema()
     try:
         with eager, autocast:
             for x_t in flow.integrate(velocity, x.to(device), times, config.sample.solver):
+                # the last one stays
                 x_0 = x_t
     finally:
         engine.swap_ema()
@@ -488,6 +528,7 @@ def profiler(run_dir, engine):
         )
         print(f"{table}\n{path}: the trace of three steps, for ui.perfetto.dev", flush=True)
 
+    # the first steps compile and warm up, and say little
     wait = min(10, max(0, engine.train.steps - engine.step - 4))
     schedule = torch.profiler.schedule(wait=wait, warmup=1, active=3, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write)

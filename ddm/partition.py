@@ -378,6 +378,8 @@ def check_call(partition, tars, append):
     if append:
         _check_append(partition)
         return
+
+    # without centroids nobody knows what shards are of
     if clustering is None:
         shards = os.path.join(glob.escape(run_dir), "shards", "*")
         if glob.glob(f"{shards}/*.tar") or glob.glob(f"{shards}/manifest.json"):
@@ -433,9 +435,11 @@ def check_sources(partition, tars, append, ranks):
     append: look only at tars that the partition has.
     """
     meant = partition.sources()
+
     in_partition = [tar for tar in tars if tar.name in meant]
     digests = read_digests(in_partition if append else tars, ranks)
     changed = [tar for tar in in_partition if digests[tar.name] != meant[tar.name]]
+
     if append:
         if changed:
             raise UserError(
@@ -447,10 +451,12 @@ def check_sources(partition, tars, append, ranks):
     clustering = partition.clustering
     if name_inputs(digests) == clustering["inputs"]:
         return
+
     if not changed:
         # no manifest tells, since the partition was interrupted; features may
         made = [tar for tar in tars if os.path.exists(tar.features)]
         changed = [tar for tar in made if not read_current(tar)]
+
     if changed:
         more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(

@@ -74,6 +74,7 @@ DEVICES = {
 
 def peak_flops(name, bf16):
     """FLOP/s of a device by its name; None if it is not in the table."""
+    # "NVIDIA H100 80GB HBM3" has all words of "H100"
     words = set(re.split(r"[\s-]+", name.lower()))
     for key, device in DEVICES.items():
         if words.issuperset(key.lower().split()):
@@ -315,6 +316,7 @@ def kept(config, batch, bf16):
     -> {"none": , "selective": , "block": } by train.activation_checkpointing. selective is an upper
     bound: the block that is being computed again has its products counted twice.
     """
+    # tensors with shapes and without memory: nothing is computed
     with FakeTensorMode():
         model = build(config)
         model.requires_grad_(True)
@@ -338,6 +340,7 @@ def how_many(sizes, room):
     """How many of the largest of these models (bytes each) fit into `room` bytes, at least one."""
     total = 0
     count = 0
+    # the largest: any of them may be there together
     for size in sorted(sizes, reverse=True):
         total += size
         if total > room:
@@ -368,6 +371,7 @@ class Memory:
         blocks = [parameters(block) for block in model.blocks]
         self.gathered = self.parameters - sum(blocks) + 2 * max(blocks, default=0)
 
+        # their difference is what one image keeps
         two = kept(config, 2, bf16)
         three = kept(config, 3, bf16)
         # token features in f16, as they come and with some of them dropped
@@ -404,6 +408,7 @@ class Memory:
     def total(self, sharded, world, micro, accumulating, mode):
         """Bytes of all there is."""
         fixed = sum(self.fixed(sharded, world, accumulating).values())
+        # frozen networks are done before activations are kept
         return self.beside + fixed + max(micro * self.image[mode], self.work)
 
     def configured(self, sharded, train, world, share):
@@ -436,6 +441,7 @@ class Memory:
     def micro_batch(self, sharded, world, share, mode, memory):
         """The largest divisor of `share` that fits into `memory` bytes; 0 if none does."""
         for micro in range(share, 0, -1):
+            # no rest, which would be a batch of another size
             if share % micro:
                 continue
             need = self.total(sharded, world, micro, accumulating=micro < share, mode=mode)
@@ -593,6 +599,7 @@ def memory_row(plan, sharded, mode):
     """One line of the table, for one way to parallelise and one to checkpoint activations."""
     need = plan.need
     fits = need.micro_batch(sharded, plan.world, plan.share, mode=mode, memory=plan.memory)
+    # a row that does not fit says what a single image would need
     micro = fits or 1
     accumulating = micro < plan.share
     fixed = need.fixed(sharded, plan.world, accumulating)

@@ -46,6 +46,7 @@ class Ranks:
 def cores():
     """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
+        # fewer than the machine has, where a scheduler gives only some of them
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
@@ -65,6 +66,8 @@ def unusable_gpu():
         return ""
     if not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} is a build without CUDA"
+
+    # why CUDA fails torch says in a warning alone, and only once
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.is_available()
@@ -79,12 +82,16 @@ def choose_device(device):
     if re.fullmatch(r"cuda:\d+", device) and "RANK" in os.environ:
         raise UserError(f"--device {device}: under torchrun each rank has a GPU of its own; say "
                         f"--device cuda, and choose GPUs by CUDA_VISIBLE_DEVICES")
+
     if not device and torch.cuda.is_available():
         device = "cuda"
+    # torchrun starts one rank a GPU
     if device == "cuda":
         device = f"cuda:{local_rank}"
+
     try:
         found = torch.device(device or "cpu")
+        # used at once: a GPU that is missing is found out here, not by the model
         torch.zeros((), device=found)
     except (RuntimeError, AssertionError) as error:
         # where there are GPUs, but too few of them, this rank alone knows
@@ -123,10 +130,13 @@ def start(device="", timeout=timedelta(minutes=30)):
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        # fp32 products in TF32
         torch.set_float32_matmul_precision("high")
     if rank == 0:
         announce_device(world, chosen, given=device)
+
     if "RANK" in os.environ and not dist.is_initialized():
+        # both on a GPU: what the ranks tell each other goes by the CPU, and waits for no kernel
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
     return Ranks(rank, world, chosen)
@@ -145,6 +155,7 @@ def broadcast(value):
     """rank 0's value, on all ranks."""
     if not dist.is_initialized():
         return value
+
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
@@ -154,6 +165,7 @@ def gather(value):
     """The values of all ranks, on all ranks."""
     if not dist.is_initialized():
         return [value]
+
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -163,6 +175,8 @@ def collect(value):
     """The values of all ranks on rank 0, None on the others."""
     if not dist.is_initialized():
         return [value]
+
+    # the receiver alone has a list
     values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values)
     return values
@@ -180,6 +194,8 @@ def on_rank_0(function):
             error = str(caught)
         except OSError as caught:
             error = explain(caught) or str(caught)
+
+    # the others wait here until rank 0 is done
     error = broadcast(error)
     if error:
         raise UserError(error)
@@ -209,11 +225,14 @@ class Stop:
         # the signal, 0 if none has come; when the present wait began
         self.number = 0
         self.since = None
+
+        # outside of `wait` neither handler raises: the loop ends after its step
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         signal.signal(signal.SIGALRM, self._look)
 
     def _stop(self, number, frame):
+        # the first is the one that the exit code names
         self.number = self.number or number
         self._look()
 
@@ -248,6 +267,7 @@ def watchdog(seconds):
     (0: never). A thread of C, which no hanging call can hold up.
     """
     if seconds:
+        # each call starts the clock anew
         faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
 
@@ -256,11 +276,13 @@ def end_with_torchrun():
     ends, within a second, as if killed, too.
     """
     def watch():
+        # orphans get another parent
         while os.getppid() == PARENT:
             time.sleep(0.5)
         try:
             print("error: torchrun has gone, and so this rank ends", file=sys.stderr, flush=True)
         finally:
+            # in `finally`, since stderr may have gone with torchrun
             os._exit(1)
 
     if "RANK" in os.environ:
@@ -274,6 +296,7 @@ class _Lines:
     """
 
     def write(self, text):
+        # not the bare line ends and carriage returns of a bar
         if text.strip():
             sys.stderr.write(text.strip() + "\n")
 
@@ -284,10 +307,12 @@ class _Lines:
 def progress(iterable=None, **options):
     """tqdm on a terminal, from rank 0 alone; in a log, a plain line every 15 seconds."""
     options["disable"] = os.environ.get("RANK", "0") != "0"
+
     if not sys.stderr.isatty():
         options["file"] = _Lines()
         options["mininterval"] = 15
         options["ncols"] = 200
         options["bar_format"] = ("{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, "
                                  "{rate_fmt}{postfix}]")
+
     return tqdm(iterable, **options)

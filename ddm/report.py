@@ -47,11 +47,13 @@ class Output:
         try_folder(self.folder)
         try_file(self.path("json"))
         try_file(self.path("md"))
+        # of this one there is a figure, too
         if self.table == "experts":
             try_file(self.path("png"))
 
     def save(self):
         """Writes what there is so far."""
+        # numbers for programs; the same as tables for people
         write_text(self.path("json"), json.dumps({"results": self.results}, indent=1))
         # names of files need not be text
         text = as_text(self.results).encode(errors="backslashreplace").decode()
@@ -63,6 +65,7 @@ class Output:
         if classes is not None:
             arrays["arr_1"] = np.array(classes)
         with atomic(os.path.join(self.folder, f"{name}.npz")) as temporary:
+            # open already: to a name np.savez would add .npz
             with open(temporary, "wb") as f:
                 np.savez(f, **arrays)
         self.written.append(f"{name}.npz")
@@ -75,6 +78,7 @@ class Output:
             places += f"; samples in {', '.join(self.written)}"
         print(places)
 
+        # those of other calls look alike, and are of other numbers
         files = [name for name in sorted(os.listdir(self.folder)) if name.endswith(".npz")]
         earlier = [name for name in files if name not in self.written]
         if earlier:
@@ -152,6 +156,7 @@ def _comparisons(entries, expert_names):
     ensemble = entries["ensemble"]["flops"]
     experts = sum(entries[name]["flops"] for name in expert_names)
 
+    # as multiples of what the monolith's training cost
     of_experts = experts / monolith
     of_router = ensemble / monolith - of_experts
     parts = f" (experts {of_experts:.3f}, router {of_router:.3f})"
@@ -189,6 +194,7 @@ def device_hours(log):
 
 def as_text(results):
     """The readable form of a list of results: all their tables."""
+    # of a single run nobody needs the name
     several = len(results) > 1
     parts = []
     if any(result["rows"] for result in results):
@@ -334,6 +340,7 @@ def loss_table(loss):
             difference = f"{measured['difference']:+.5f} +- {measured['difference_error']:.5f}"
         row = {"model": name, "loss": f"{measured['mean']:.5f}", "difference": difference}
         rows.append(row | _by_t(measured["by_t"], digits=4))
+        # the same number for all models
         bins = len(measured["by_t"])
 
     text = (f"validation loss of the velocity: {loss['images']} images of {loss['reference']}, "
@@ -373,6 +380,7 @@ def experts_figure(results, path):
     """Draws quality against the number of experts, the monolith at 1, as a PNG."""
     # only this figure needs it
     import matplotlib
+    # no screen is needed
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -381,6 +389,7 @@ def experts_figure(results, path):
     _plot_losses(right, results)
 
     ticks = sorted({1, *(result["experts"] for result in results)})
+    # numbers of experts are mostly powers of two, which a log scale spaces evenly
     for axis in (left, right):
         axis.set(xlabel="experts (1: the monolith)", xscale="log")
         axis.set_xticks(ticks, labels=ticks)
@@ -400,6 +409,7 @@ def _plot_distances(axis, results):
     distances = []
     for result in results:
         for row in result["rows"]:
+            # it is no point on an axis of experts
             if row["model"] == "student":
                 continue
             space = spaces_of(row)[0]
@@ -414,6 +424,7 @@ def _plot_distances(axis, results):
 
 def _plot_losses(axis, results):
     """The validation loss of each model and strategy."""
+    # name -> [(number of experts, loss)]
     points = {}
     for result in results:
         measured = result["loss"]["models"] if "loss" in result else {}

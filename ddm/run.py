@@ -67,10 +67,12 @@ def read_manifest(folder):
 
 def find_shards(run_dir):
     """The numbers of the shards that are here, as images or as latents: ["0", "1", ...]."""
+    # a node may have its own shard alone
     found = set()
     for part in ("shards", "latents"):
         folder = os.path.join(run_dir, part)
         if os.path.isdir(folder):
+            # but for the router's, which has images of all clusters
             found.update(name for name in os.listdir(folder) if name.isdigit())
     return sorted(found, key=int)
 
@@ -85,14 +87,17 @@ def check_shard(folder, fingerprint, ranks, verify=False):
         raise UserError(f"{folder} is of clustering {manifest['fingerprint']}, "
                         f"clusters.safetensors of {fingerprint}: take both from the same run")
 
+    # names and sizes cost nothing; the contents are read by --verify alone
     existing = {}
     for path in glob.glob(os.path.join(glob.escape(folder), "*.tar")):
         existing[os.path.basename(path)] = os.path.getsize(path)
+
     meant = {name: entry["bytes"] for name, entry in manifest["tars"].items()}
     if existing != meant:
         raise UserError(f"{folder} is not as its manifest says (bytes there / in the manifest: "
                         f"{differences(existing, meant)}): copy it again, or run cluster.py again "
                         f"where the data is")
+
     if verify:
         verify_shard(folder, manifest, ranks)
 
@@ -106,6 +111,8 @@ def verify_shard(folder, manifest, ranks):
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         if digest != manifest["tars"][name]["sha256"]:
             damaged.append(name)
+
+    # the same list on all ranks, so that all of them raise
     damaged = sum(gather(damaged), [])
     if damaged:
         raise UserError(f"{folder}: {', '.join(damaged)} is not what its SHA-256 in the manifest "
@@ -114,6 +121,7 @@ def verify_shard(folder, manifest, ranks):
 
 # ---- how a training stands -----------------------------------------------------------------------
 
+# a thread that publishes a checkpoint may mark beside the main one
 _marking = threading.Lock()
 
 
@@ -130,8 +138,11 @@ def mark(folder, status, step=None, begins=False):
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as f:
                 said = f.read().strip()
+
         if said.startswith(FAILED) and status != FAILED and not begins:
             return
+
+        # "finished 1000" -> 1000; without a mark it is at the beginning
         if step is None:
             step = said.rpartition(" ")[2] or 0
         write_text(path, f"{status} {step}\n")
@@ -147,15 +158,19 @@ def owned(run_dir, name):
     if not os.path.isdir(run_dir):
         raise UserError(f"there is no run at {run_dir}: make it with cluster.py --run-dir "
                         f"{run_dir} --data ...")
+
     folder = os.path.join(run_dir, "checkpoints", name)
     if os.environ.get("RANK", "0") == "0":
+        # read-only or full places are found out now, not at the first checkpoint
         try_folder(folder)
         for part in ("logs", "samples", "experts"):
             try_folder(os.path.join(run_dir, part))
+
     with alone(os.path.join(folder, "lock"), f"{name} of {run_dir}"):
         try:
             yield
         except UserError:
+            # the error that is raised matters more than its mark
             with contextlib.suppress(OSError):
                 mark(folder, FAILED)
             raise
@@ -165,4 +180,5 @@ def collective_timeout(train):
     """How long ranks wait for each other: one that waits ends by its own watchdog before."""
     if train.timeout:
         return timedelta(seconds=train.timeout) + timedelta(minutes=1)
+    # train.timeout = 0 means never, for which torch has no word
     return timedelta(days=7)

@@ -244,29 +244,12 @@ def scan_tar(path, notes=None, file=None):
     else:
         size = os.path.getsize(path)
 
-    sample = None
-    extensions = set()
     torn = ""
     opened = False
     try:
         with tarfile.open(path, "r:", file, encoding="utf-8", tarinfo=_Header) as tar:
             opened = True
-            for key, extension, member in _named_members(tar, notes):
-                if sample is None or sample.key != key or extension in extensions:
-                    if sample is not None:
-                        yield sample
-                    sample = Sample(key, start=member.offset)
-                    extensions = set()
-                extensions.add(extension)
-
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("a member is cut off")
-                sample.add(extension, (member.offset_data, member.size), member.crc)
-                blocks = -(-member.size // BLOCK)
-                sample.end = member.offset_data + blocks * BLOCK
-
-            if not _ends_well(tar):
-                torn = "it does not end as a tar does"
+            yield from _whole_samples(tar, notes, size)
     except OSError:
         # the file system's fault, not the tar's: what is read now would pass for the whole
         raise
@@ -274,12 +257,36 @@ def scan_tar(path, notes=None, file=None):
         # tarfile raises more than its own kinds on a hostile header
         torn = str(error) or type(error).__name__
 
-    # of a torn tar the last sample may lack members: it is not whole
     if torn:
         notes.torn = _describe_torn(path, torn, opened, file)
         whole = "; its whole samples are used" if opened else ""
         print(f"warning: {path}: {notes.torn}{whole}", file=sys.stderr)
-    elif sample is not None:
+
+
+def _whole_samples(tar, notes, size):
+    """Yields the Samples of an open tar of so many bytes. ReadError where it is torn."""
+    sample = None
+    # of the sample so far: one that comes again begins another
+    extensions = set()
+    for key, extension, member in _named_members(tar, notes):
+        if sample is None or sample.key != key or extension in extensions:
+            if sample is not None:
+                yield sample
+            sample = Sample(key, start=member.offset)
+            extensions = set()
+        extensions.add(extension)
+
+        if member.offset_data + member.size > size:
+            raise tarfile.ReadError("a member is cut off")
+        sample.add(extension, (member.offset_data, member.size), member.crc)
+        # a member's bytes are padded to whole blocks
+        blocks = -(-member.size // BLOCK)
+        sample.end = member.offset_data + blocks * BLOCK
+
+    if not _ends_well(tar):
+        raise tarfile.ReadError("it does not end as a tar does")
+    # not before: of a torn tar the last sample may lack members
+    if sample is not None:
         yield sample
 
 
@@ -397,13 +404,21 @@ def find_tars(patterns, left=None):
         raise UserError(f"no tar matches --data {shown}: {instead}")
 
     names, links = _name_tars(tars)
-    if left is not None and others:
-        words = f"{found.count_endings(others)} ({next(iter(others))} the first"
-        remedy = found.remedy(list(others))
-        left.append(f"{words}; {remedy})" if remedy else f"{words})")
-    if left is not None and links:
-        left.append(f"{links} links to tars that are there already")
+    if left is not None:
+        left += _describe_left(list(others), links)
     return dict(sorted(names.items()))
+
+
+def _describe_left(others, links):
+    """What find_tars leaves out, in words. others: paths that are no tars; links: how many."""
+    left = []
+    if others:
+        words = f"{found.count_endings(others)} ({others[0]} the first"
+        remedy = found.remedy(others)
+        left.append(f"{words}; {remedy})" if remedy else f"{words})")
+    if links:
+        left.append(f"{links} links to tars that are there already")
+    return left
 
 
 def _match(pattern):
