@@ -249,11 +249,49 @@ def await_moment(attempt, wait, step, rng):
         time.sleep(rng.uniform(0, 0.03))
 
 
-def disturb(attempt, wait, step, rng, time_to_end):
-    """Kills when the moment has come, and then what the others have left over.
+def strike(attempt, ranks, rng):
+    """The kill itself."""
+    agent = attempt.agent
+    if attempt.whom == "rank":
+        kill([rng.choice(ranks)])
+    elif attempt.whom == "agent":
+        kill([agent.pid])
+    else:
+        kill([agent.pid, *ranks])
+        kill_all(attempt.run)
 
-    wait, step: as await_moment() takes them. Watches what the others do for at most `time_to_end`
-    seconds before. Returns a dict of what happened; None: it had ended before.
+
+def watch(attempt, ranks, starting, time_to_end):
+    """What becomes of the others after a kill, in at most `time_to_end` seconds. -> a dict"""
+    run = attempt.run
+    agent = attempt.agent
+    found = {}
+    since = time.monotonic()
+    if attempt.whom == "rank":
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            agent.wait(time_to_end)
+    found["agent_s"] = time.monotonic() - since
+    # None: it still runs
+    found["code"] = agent.poll()
+
+    # while starting they wait for torchrun's store, for long
+    while not starting and time.monotonic() < since + time_to_end:
+        if processes(run).keys().isdisjoint(ranks):
+            break
+        time.sleep(0.005)
+
+    left = processes(run)
+    found["ranks_s"] = time.monotonic() - since
+    found["ranks left"] = sum(p in left for p in ranks)
+    found["decoding left"] = sum(p not in ranks and p != agent.pid for p in left)
+    return found
+
+
+def disturb(attempt, wait, step, rng, time_to_end):
+    """Kills when the moment has come, watches the others, and kills what is left over.
+
+    wait, step: as await_moment() takes them; time_to_end: as watch() does. Returns a dict of what
+    happened; None: it had ended before.
     """
     run = attempt.run
     agent = attempt.agent
@@ -264,35 +302,13 @@ def disturb(attempt, wait, step, rng, time_to_end):
         return None
 
     under_way = {what: attempt.under_way(what) for what in TORN}
-    if attempt.whom == "rank":
-        kill([rng.choice(ranks)])
-    elif attempt.whom == "agent":
-        kill([agent.pid])
-    else:
-        kill([agent.pid, *ranks])
-        kill_all(run)
-    since = time.monotonic()
+    strike(attempt, ranks, rng)
     at = max(steps_of(attempt.folder), default=0)
     found = {"whom": attempt.whom, "step": at, "start-up": not at}
-
-    if attempt.whom == "rank":
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            agent.wait(time_to_end)
-    found["agent_s"] = time.monotonic() - since
-    # None: it still runs
-    found["code"] = agent.poll()
-    # while starting they wait for torchrun's store, for long
-    while at and time.monotonic() < since + time_to_end:
-        if processes(run).keys().isdisjoint(ranks):
-            break
-        time.sleep(0.005)
-
-    left = processes(run)
-    found["ranks_s"] = time.monotonic() - since
-    found["ranks left"] = sum(p in left for p in ranks)
-    found["decoding left"] = sum(p not in ranks and p != agent.pid for p in left)
+    found |= watch(attempt, ranks, not at, time_to_end)
     kill_all(run)
     agent.wait()
+
     # steps that others took after the kill
     found["steps after"] = max(steps_of(attempt.folder), default=0) - at
     for what in TORN:
