@@ -1,10 +1,11 @@
-"""Do two ranks give the loss curve of one process? And does an expert alone in the world give the same bits?
+"""Do two ranks give the losses of one process? And does an expert alone give the same bits?
 
-    python bench/ranks.py runs/demo             # a run after cluster.py; changes copies of it only
+    python bench/ranks.py runs/demo    # a run after cluster.py; changes copies of it only
 
-Trains, for 60 steps each, expert 0, the monolith and the router, as one process and with torchrun on two ranks (gloo, CPU), and
-prints the largest relative difference of their logged losses. Then trains expert 0 again inside `unshare -rn` (no network
-but loopback) with every other shard deleted, and compares all tensors bit by bit.
+Trains, for 60 steps each, expert 0, the monolith and the router, as one process and with torchrun
+on two ranks (gloo, CPU), and prints the largest relative difference of their logged losses. Then
+trains expert 0 again inside `unshare -rn` (no network but loopback) with every other shard deleted,
+and compares all tensors bit by bit.
 """
 
 import argparse
@@ -19,22 +20,20 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+# the name of a log, the file of its weights, the command
+TRAININGS = (
+    ("expert-0", "experts/0.safetensors", ["train_expert.py", "--shard", "0"]),
+    ("expert-all", "experts/all.safetensors", ["train_expert.py", "--shard", "all"]),
+    ("router", "router.safetensors", ["train_router.py"]),
+)
 
 
 def train(run, *script, launcher=(sys.executable,)):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    flags = [
-        "--run-dir",
-        run,
-        "--train.steps",
-        "60",
-        "--train.log_every",
-        "5",
-        "--train.warmup",
-        "0",
-        "--train.decay",
-        "0",
-    ]
+    flags = ["--run-dir", run, "--train.steps", "60", "--train.log_every", "5"]
+    flags += ["--train.warmup", "0", "--train.decay", "0"]
     subprocess.run(
         [*launcher, *script, *flags],
         cwd=ROOT,
@@ -50,62 +49,62 @@ def losses(run, name):
         return [float(row["loss"]) for row in csv.DictReader(f)]
 
 
+def copy_clustered(source, run):
+    """What cluster.py has made, and nothing of later stages."""
+    os.makedirs(run)
+    shutil.copytree(os.path.join(source, "shards"), os.path.join(run, "shards"))
+    for name in ("config.toml", "clusters.safetensors"):
+        shutil.copy(os.path.join(source, name), run)
+
+
+def compare_ranks(one, two):
+    """Trains all by one process in the run `one` and by two ranks in the run `two`."""
+    for name, file, script in TRAININGS:
+        train(one, *script)
+        train(two, *script, launcher=TORCHRUN)
+
+        a = losses(one, name)
+        b = losses(two, name)
+        worst = max(abs(x - y) / x for x, y in zip(a, b, strict=True))
+
+        a_weights = load_file(os.path.join(one, file))
+        b_weights = load_file(os.path.join(two, file))
+        apart = max((a_weights[k] - b_weights[k]).abs().max().item() for k in a_weights)
+        print(
+            f"{name}: 2 ranks against 1 process, 60 steps: loss {a[0]:.4f} -> {a[-1]:.4f}, "
+            f"largest relative difference of a logged loss {worst:.1e}, "
+            f"of weights (absolute) {apart:.1e}",
+            flush=True,
+        )
+
+
+def compare_alone(one, alone):
+    """Trains expert 0 in the run `alone` without network and other shards; run `one` has it."""
+    for other in os.listdir(os.path.join(alone, "shards")):
+        if other != "0":
+            shutil.rmtree(os.path.join(alone, "shards", other))
+    train(alone, "train_expert.py", "--shard", "0", launcher=("unshare", "-rn", sys.executable))
+
+    a = load_file(os.path.join(one, "experts", "0.safetensors"))
+    b = load_file(os.path.join(alone, "experts", "0.safetensors"))
+    same = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    verdict = "bit-identical" if same else "DIFFER"
+    print(f"expert-0 without network and other shards: {len(a)} tensors {verdict}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="a run's folder after cluster.py")
+    parser.add_argument("run", help="a run directory after cluster.py")
     source = parser.parse_args().run
+
     with tempfile.TemporaryDirectory() as scratch:
         one, two, alone = (os.path.join(scratch, name) for name in ("one", "two", "alone"))
         for run in (one, two, alone):
-            os.makedirs(run)
-            shutil.copytree(os.path.join(source, "shards"), os.path.join(run, "shards"))
-            for name in ("config.toml", "clusters.safetensors"):
-                shutil.copy(os.path.join(source, name), run)
-        torchrun = (
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "--",
-        )
-        for name, script in (
-            ("expert-0", ["train_expert.py", "--shard", "0"]),
-            ("expert-all", ["train_expert.py", "--shard", "all"]),
-            ("router", ["train_router.py"]),
-        ):
-            train(one, *script)
-            train(two, *script, launcher=torchrun)
-            a, b = losses(one, name), losses(two, name)
-            worst = max(abs(x - y) / x for x, y in zip(a, b, strict=True))
-            a_weights, b_weights = (
-                load_file(
-                    os.path.join(
-                        run,
-                        "router.safetensors"
-                        if name == "router"
-                        else f"experts/{name[7:]}.safetensors",
-                    )
-                )
-                for run in (one, two)
-            )
-            apart = max((a_weights[k] - b_weights[k]).abs().max().item() for k in a_weights)
-            print(
-                f"{name}: 2 ranks against 1 process, 60 steps: loss {a[0]:.4f} -> {a[-1]:.4f}, largest relative difference of a logged loss "
-                f"{worst:.1e}, of weights (absolute) {apart:.1e}",
-                flush=True,
-            )
-        for other in os.listdir(os.path.join(alone, "shards")):
-            if other != "0":
-                shutil.rmtree(os.path.join(alone, "shards", other))
-        train(alone, "train_expert.py", "--shard", "0", launcher=("unshare", "-rn", sys.executable))
-        a, b = (load_file(os.path.join(run, "experts", "0.safetensors")) for run in (one, alone))
-        same = a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        print(
-            f"expert-0 without network and other shards: {len(a)} tensors {'bit-identical' if same else 'DIFFER'}"
-        )
+            copy_clustered(source, run)
+        compare_ranks(one, two)
+        compare_alone(one, alone)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""A tiny run, made once by the commands themselves: 240 drawn shapes of 8 pixels, 3 experts of
-20,000 weights; and tiny pretrained networks.
+"""A tiny run, made once by the commands themselves, and tiny pretrained networks.
+
+The run is of 240 drawn shapes of 8 pixels, with 3 experts of 20,000 weights.
 """
 
 import contextlib
@@ -21,9 +22,11 @@ import pytest
 from PIL import Image
 
 HUB = tempfile.TemporaryDirectory()
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
-os.environ["HF_HUB_CACHE"] = HUB.name  # nor what the user has of it
-os.environ["OMP_NUM_THREADS"] = "1"  # processes of several threads would wait for each other
+# no test asks the network, nor what the user has of it
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = HUB.name
+# processes of several threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
@@ -76,13 +79,8 @@ ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 def command_line(*args, ranks=0):
     launcher = [sys.executable]
     if ranks:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            "--",
-        ]  # without the dashes torchrun takes our --run-dir for its --run-path
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [*torchrun, f"--nproc_per_node={ranks}"]
     return [*launcher, *map(str, args)]
 
 
@@ -108,12 +106,14 @@ def command(*args, ranks=0, check=True, real=False):
 
 
 def inside(script, *args):
-    """Runs a script's main() in this process, to spare the seconds that a start of torch takes; ->
-    CompletedProcess.
+    """Runs a script's main() in this process; -> CompletedProcess.
+
+    That spares the seconds that a start of torch takes.
     """
     from ddm import errors
 
-    main, code = importlib.import_module(script.removesuffix(".py")).main, 0
+    main = importlib.import_module(script.removesuffix(".py")).main
+    code = 0
     with (
         mock.patch.object(sys, "argv", [script, *map(str, args)]),
         contextlib.redirect_stderr(io.StringIO()) as stderr,
@@ -136,31 +136,21 @@ def wait_until(condition):
 
 def works(*args):
     """Whether there is such a program, and it does not fail."""
-    return bool(shutil.which(args[0])) and subprocess.run(args, capture_output=True).returncode == 0
+    if not shutil.which(args[0]):
+        return False
+    return subprocess.run(args, capture_output=True).returncode == 0
 
 
 def copy(run, tmp_path):
+    """A copy of a run in a test's own folder."""
     return shutil.copytree(run, tmp_path / "run")
 
 
 def sample(run, out, *flags, ranks=None):
-    """Six pictures of two prompts; in this process unless ranks are given."""
-    args = [
-        "sample.py",
-        "--run-dir",
-        run,
-        "--device",
-        "cpu",
-        "--prompt",
-        "a red circle",
-        "--prompt",
-        "a blue cross",
-        "--num-images",
-        3,
-        "--out",
-        out,
-        *flags,
-    ]
+    """Six images of two prompts; in this process unless ranks are given."""
+    prompts = ["--prompt", "a red circle", "--prompt", "a blue cross"]
+    args = ["sample.py", "--run-dir", run, "--device", "cpu", *prompts]
+    args += ["--num-images", 3, "--out", out, *flags]
     done = inside(*args) if ranks is None else command(*args, ranks=ranks)
     assert done.returncode == 0, done.stderr
     return done
@@ -177,21 +167,14 @@ def rewrite(path, to=None, /, **changes):
 
 def give(run, k, other):
     """Makes expert k of a run that of another cluster, too."""
-    rewrite(
-        run / "experts" / f"{k}.safetensors",
-        run / "experts" / f"{other}.safetensors",
-        shard=str(other),
-    )
+    folder = run / "experts"
+    rewrite(folder / f"{k}.safetensors", folder / f"{other}.safetensors", shard=str(other))
 
 
 def pictures(folder):
-    """The single pictures that sample.py wrote, [N,H,W,3] int."""
-    return np.stack(
-        [
-            np.asarray(Image.open(p)).astype(int)
-            for p in sorted(glob.glob(str(folder / "[0-9]*.png")))
-        ]
-    )
+    """The single images that sample.py wrote, [N,H,W,3] int."""
+    paths = sorted(glob.glob(str(folder / "[0-9]*.png")))
+    return np.stack([np.asarray(Image.open(path)).astype(int) for path in paths])
 
 
 @pytest.fixture(scope="session")
@@ -227,93 +210,47 @@ def trained(clustered, tmp_path_factory):
     return run
 
 
-# ---- pretrained networks: the real classes with random weights -----------------------------------
+# ---- pretrained networks: the real classes with random weights ----------------------------------
 
 
 def clip_tokenizer():
     """Every letter is a token, and another one at the end of a word."""
     from transformers import CLIPTokenizer
 
-    letters = [
-        *string.ascii_lowercase,
-        *(f"{c}</w>" for c in string.ascii_lowercase),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    return CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(letters)}, merges=[], model_max_length=24
-    )
+    letters = list(string.ascii_lowercase)
+    pieces = letters + [f"{c}</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=24)
 
 
 def t5_tokenizer():
     from transformers import T5Tokenizer
 
-    return T5Tokenizer(
-        vocab=[
-            ("<pad>", 0.0),
-            ("</s>", 0.0),
-            ("<unk>", 0.0),
-            ("\u2581", -2.0),
-            *((c, -3.0) for c in string.ascii_lowercase),
-        ],
-        extra_ids=0,
-    )
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    letters = [(c, -3.0) for c in string.ascii_lowercase]
+    return T5Tokenizer(vocab=special + letters, extra_ids=0)
 
 
 def bert_tokenizer():
     from transformers import BertTokenizer
 
-    letters = string.ascii_lowercase
-    return BertTokenizer(
-        vocab={
-            piece: i
-            for i, piece in enumerate(
-                [
-                    "[PAD]",
-                    "[UNK]",
-                    "[CLS]",
-                    "[SEP]",
-                    "[MASK]",
-                    *letters,
-                    *(f"##{c}" for c in letters),
-                ]
-            )
-        },
-        model_max_length=24,
-    )
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = list(string.ascii_lowercase)
+    pieces = special + letters + [f"##{c}" for c in letters]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    return BertTokenizer(vocab=vocab, model_max_length=24)
 
 
-@pytest.fixture(scope="session")
-def networks(tmp_path_factory):
-    """A folder of folders as save_pretrained writes them: dinov2, clip-image, clip, clip-2, t5,
-    bert, bart, vae, tiny-vae.
-    """
-    import diffusers
-    import torch
-    import transformers
-    from transformers import (
-        BartConfig,
-        BartModel,
-        BertConfig,
-        BertModel,
-        CLIPConfig,
-        CLIPModel,
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        CLIPVisionConfig,
-        Dinov2Config,
-        Dinov2Model,
-        T5Config,
-        T5EncoderModel,
-    )
+# what each config below names by itself
+SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("networks")
-    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    clip_text = CLIPTextConfig(
-        **small,
+
+def clip_configs():
+    """-> (of the text half, of the image half)"""
+    from transformers import CLIPTextConfig, CLIPVisionConfig
+
+    text = CLIPTextConfig(
+        **SMALL,
         vocab_size=54,
         max_position_embeddings=24,
         bos_token_id=52,
@@ -321,71 +258,41 @@ def networks(tmp_path_factory):
         pad_token_id=53,
         projection_dim=12,
     )
-    clip_image = CLIPVisionConfig(**small, image_size=28, patch_size=14, projection_dim=12)
-    made = {
-        "dinov2": Dinov2Model(Dinov2Config(**small, image_size=28, patch_size=14)),
-        "clip-image": CLIPModel(
-            CLIPConfig(
-                text_config=clip_text.to_dict(),
-                vision_config=clip_image.to_dict(),
-                projection_dim=12,
-            )
-        ),
-        "clip": CLIPTextModel(clip_text),
-        "clip-2": CLIPTextModelWithProjection(
-            CLIPTextConfig(**clip_text.to_dict() | {"hidden_size": 8})
-        ),
-        "t5": T5EncoderModel(
-            T5Config(
-                vocab_size=32,
-                d_model=16,
-                d_kv=8,
-                d_ff=32,
-                num_layers=2,
-                num_heads=2,
-                feed_forward_proj="gated-gelu",
-            )
-        ),
-        "bart": BartModel(
-            BartConfig(
-                d_model=16,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=2,
-                decoder_attention_heads=2,
-                encoder_ffn_dim=32,
-                decoder_ffn_dim=32,
-                vocab_size=57,
-                max_position_embeddings=24,
-            )
-        ),
-        "bert": BertModel(BertConfig(**small, vocab_size=57, max_position_embeddings=24)),
-        "vae": vae(),
-        "tiny-vae": diffusers.AutoencoderTiny(
-            encoder_block_out_channels=(8, 8),
-            decoder_block_out_channels=(8, 8),
-            num_encoder_blocks=(1, 1),
-            num_decoder_blocks=(1, 1),
-            latent_channels=4,
-        ),
-    }
-    tokenizers = {
-        "clip": clip_tokenizer,
-        "clip-2": clip_tokenizer,
-        "clip-image": clip_tokenizer,
-        "t5": t5_tokenizer,
-        "bert": bert_tokenizer,
-        "bart": bert_tokenizer,
-    }
-    for name, network in made.items():
-        network.save_pretrained(folder / name)
-        if name in tokenizers:
-            tokenizers[name]().save_pretrained(folder / name)
-    return folder
+    return text, CLIPVisionConfig(**SMALL, image_size=28, patch_size=14, projection_dim=12)
+
+
+def t5_config():
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=32,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+
+
+def bart_config():
+    from transformers import BartConfig
+
+    return BartConfig(
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        vocab_size=57,
+        max_position_embeddings=24,
+    )
 
 
 def vae(**options):
-    """8x8 pictures -> 4x4 latents."""
+    """8x8 images -> 4x4 latents."""
     import diffusers
 
     settings = dict(
@@ -401,37 +308,78 @@ def vae(**options):
     return diffusers.AutoencoderKL(**settings | options)
 
 
+def tiny_vae():
+    import diffusers
+
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    )
+
+
+TOKENIZERS = {
+    "clip": clip_tokenizer,
+    "clip-2": clip_tokenizer,
+    "clip-image": clip_tokenizer,
+    "t5": t5_tokenizer,
+    "bert": bert_tokenizer,
+    "bart": bert_tokenizer,
+}
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory):
+    """A folder of folders as save_pretrained writes them.
+
+    They are dinov2, clip-image, clip, clip-2, t5, bert, bart, vae and tiny-vae.
+    """
+    import torch
+    import transformers as tf
+
+    tf.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("networks")
+    text, image = clip_configs()
+    both = tf.CLIPConfig(
+        text_config=text.to_dict(), vision_config=image.to_dict(), projection_dim=12
+    )
+    narrow = tf.CLIPTextConfig(**text.to_dict() | {"hidden_size": 8})
+    dinov2 = tf.Dinov2Config(**SMALL, image_size=28, patch_size=14)
+    bert = tf.BertConfig(**SMALL, vocab_size=57, max_position_embeddings=24)
+    made = {
+        "dinov2": tf.Dinov2Model(dinov2),
+        "clip-image": tf.CLIPModel(both),
+        "clip": tf.CLIPTextModel(text),
+        "clip-2": tf.CLIPTextModelWithProjection(narrow),
+        "t5": tf.T5EncoderModel(t5_config()),
+        "bart": tf.BartModel(bart_config()),
+        "bert": tf.BertModel(bert),
+        "vae": vae(),
+        "tiny-vae": tiny_vae(),
+    }
+    for name, network in made.items():
+        network.save_pretrained(folder / name)
+        if name in TOKENIZERS:
+            TOKENIZERS[name]().save_pretrained(folder / name)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def latent_run(tars, config, networks, tmp_path_factory):
-    """A run in the real recipe's shape, trained: DINOv2 clusters, cached latents, SDXL's pair of
-    text encoders. Do not change it, copy it.
+    """A run in the real recipe's shape, trained. Do not change it, copy it.
+
+    DINOv2 clusters, cached latents, SDXL's pair of text encoders.
     """
     run = tmp_path_factory.mktemp("latent") / "run"
-    command(
-        "cluster.py",
-        "--data",
-        tars / "*.tar",
-        "--run-dir",
-        run,
-        "--config",
-        config,
-        "--experts",
-        2,
-        "--features.name",
-        networks / "dinov2",
-        "--features.pool",
-        "cls+mean",
-        "--autoencoder.name",
-        networks / "vae",
-        "--text.name",
-        f"{networks / 'clip'} + {networks / 'clip-2'}",
-        "--text.layer",
-        "penultimate",
-        "--text.length",
-        20,
-        "--train.batch",
-        12,
-    )
+    flags = ["--data", tars / "*.tar", "--run-dir", run, "--config", config, "--experts", 2]
+    flags += ["--features.name", networks / "dinov2", "--features.pool", "cls+mean"]
+    flags += ["--autoencoder.name", networks / "vae", "--train.batch", 12]
+    flags += ["--text.name", f"{networks / 'clip'} + {networks / 'clip-2'}"]
+    flags += ["--text.layer", "penultimate", "--text.length", 20]
+    command("cluster.py", *flags)
     for shard in (0, 1, "router"):
         command("cache_latents.py", "--run-dir", run, "--shard", shard, "--captions")
     for shard in (0, 1):

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, without the seconds that it takes each to import torch.
+"""Scripts in processes of their own, without the seconds that each takes to import torch.
 
 A server that has imported it forks itself. A process begins where python would have come to after
 the imports: nothing of ours is imported yet, and it has its own environment, folder and output.
@@ -42,35 +42,38 @@ CONTEXT.set_forkserver_preload(
 
 
 def run(args, cwd, environment, ranks=0, timeout=300):
-    """`python *args`, or so many ranks of it as torchrun would start them; -> CompletedProcess with
-    text output. A rank that fails ends the others.
+    """`python *args`, or so many ranks of it as torchrun would start them.
+
+    Returns a CompletedProcess with text output. A rank that fails ends the others.
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        settings, store = [environment], None
+        settings = [environment]
+        store = None
         if ranks:
             settings, store = rank_settings(environment, ranks)
+
         processes = [
             CONTEXT.Process(target=become, args=(args, cwd, each, *paths)) for each in settings
         ]
         for process in processes:
             process.start()
         code = wait(processes, time.monotonic() + timeout)
-        del store  # the ranks met there
+        # the ranks met there
+        del store
 
         texts = []
         for path in paths:
             with open(path, errors="backslashreplace") as f:
                 texts.append(f.read())
+
     if code is None:
         raise subprocess.TimeoutExpired(args, timeout, *texts)
     return subprocess.CompletedProcess(args, code, *texts)
 
 
 def rank_settings(environment, ranks):
-    """-> (the environment of each rank, the store where they meet: it must live as long as they
-    do).
-    """
+    """The environment of each rank, and the store where they meet: it must live as long as they."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -90,20 +93,19 @@ def rank_settings(environment, ranks):
 
 
 def wait(processes, deadline):
-    """-> the first exit code that is not 0, or 0; None: they had not ended at the deadline, and
-    were killed.
-    """
-    code, running = 0, list(processes)
+    """The first exit code that is not 0, or 0; None: they ran at the deadline, and were killed."""
+    code = 0
+    running = list(processes)
     while running and code == 0:
-        ended = multiprocessing.connection.wait(
-            [p.sentinel for p in running], max(0, deadline - time.monotonic())
-        )
+        left = max(0, deadline - time.monotonic())
+        ended = multiprocessing.connection.wait([p.sentinel for p in running], left)
         if not ended:
             code = None
         for process in [p for p in running if p.sentinel in ended]:
             process.join()
             running.remove(process)
             code = code or process.exitcode
+
     for process in running:
         process.kill()
         process.join()
@@ -127,7 +129,7 @@ def become(args, cwd, environment, stdout, stderr):
         traceback.print_exc()
         sys.exit(1)
     finally:
-        signal.signal(
-            signal.SIGCHLD, signal.SIG_DFL
-        )  # torch's handler complains of the decoding processes that are killed now
-        atexit._run_exitfuncs()  # multiprocessing's processes leave without
+        # torch's handler complains of the decoding processes that are killed now
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # multiprocessing's processes leave without
+        atexit._run_exitfuncs()

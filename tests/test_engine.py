@@ -1,5 +1,7 @@
-"""The engine: sharded like replicated like alone, activation checkpointing, one graph a block,
-checkpoints in the background; and the plan of it.
+"""The engine, and the plan of it.
+
+Sharded like replicated like alone, activation checkpointing, one graph a block, checkpoints in the
+background.
 """
 
 import csv
@@ -37,8 +39,9 @@ def small(kind, seed=0):
     model = artifacts.build(
         models.ModelConfig(8, 3, dim=32, depth=4, heads=2, patch=2, **KINDS[kind])
     )
+    # adaLN-Zero starts as a constant
     with torch.no_grad():
-        for p in model.parameters():  # adaLN-Zero starts as a constant
+        for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
     return model
 
@@ -62,9 +65,9 @@ def log(run, name):
 def same_rows(run, other, name, rel=1e-5):
     for one, two in zip(log(run, name), log(other, name), strict=True):
         for column in one.keys() - {"time", "device_hours", *TIMING}:
-            assert float(two[column] or 0) == pytest.approx(
-                float(one[column] or 0), rel=1e-2 if column == "grad_norm" else rel, abs=1e-5
-            ), column
+            near = 1e-2 if column == "grad_norm" else rel
+            expected = pytest.approx(float(one[column] or 0), rel=near, abs=1e-5)
+            assert float(two[column] or 0) == expected, column
 
 
 # ---- blocks --------------------------------------------------------------------------------------
@@ -73,7 +76,8 @@ def same_rows(run, other, name, rel=1e-5):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["selective", "block"])
 def test_activation_checkpointing_changes_no_gradient(kind, mode):
-    plain, forgetful = small(kind), small(kind)
+    plain = small(kind)
+    forgetful = small(kind)
     engine.prepare_blocks(forgetful, mode)
     for a, b in zip(gradients(plain, kind), gradients(forgetful, kind), strict=True):
         assert torch.equal(a, b)
@@ -90,14 +94,17 @@ class Graphs(list):
 @pytest.mark.parametrize("kind, graphs", [("DiT", 1), ("MMDiT", 2)])
 @pytest.mark.parametrize("mode", ["none", "selective", "block"])
 def test_all_blocks_of_a_kind_share_one_graph_that_is_never_compiled_again(kind, graphs, mode):
-    compiled = backend = Graphs()
+    compiled = Graphs()
     torch._dynamo.reset()
-    plain, model = small(kind), small(kind)
-    engine.prepare_blocks(model, mode, compile=True, backend=backend)
+    plain = small(kind)
+    model = small(kind)
+    engine.prepare_blocks(model, mode, compile=True, backend=compiled)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=True)
     for a, b in zip(gradients(plain, kind), gradients(model, kind), strict=True):
         torch.testing.assert_close(a, b)
-    for _ in range(3):  # a run: the weights move, and pictures are drawn in between
+
+    # a run: the weights move, and images are sampled in between
+    for _ in range(3):
         optimizer.step()
         optimizer.zero_grad()
         gradients(model, kind)
@@ -115,20 +122,19 @@ def test_autocast_compiles_no_more_graphs(kind, graphs, condition):
     model = small(kind)
     engine.prepare_blocks(model, compile=True, backend=compiled)
     x, t, c = inputs(kind)
+    if condition == "none":
+        c = torch.zeros_like(c)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
-            model(
-                x, t, torch.zeros_like(c) if condition == "none" else c
-            ).square().mean().backward()
+            model(x, t, c).square().mean().backward()
     assert len(compiled) == graphs
 
 
 @pytest.fixture
 def alone():
     """A process group of this process alone."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
@@ -139,9 +145,8 @@ def test_a_block_in_ddp_is_compiled_whole(alone, mode):
     torch._dynamo.reset()
     model = small("DiT")
     engine.prepare_blocks(model, mode, compile=True, backend=compiled)
-    replica = torch.nn.parallel.DistributedDataParallel(
-        model, bucket_cap_mb=0.01
-    )  # many buckets, at whose ends it would be cut
+    # many buckets, at whose ends it would be cut
+    replica = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)
     gradients(replica, "DiT")
     assert len(compiled) == 1
 
@@ -152,12 +157,10 @@ def test_a_micro_batch_that_leaves_a_rest_is_said_with_its_divisors(capsys):
     assert capsys.readouterr().err == ""
     engine.warn_of_rest("expert-0", 12, 5)
     said = capsys.readouterr().err
-    assert (
-        said.count("\n") == 1
-        and "5 does not divide the 12 images" in said
-        and "has 2" in said
-        and "4 and 6 divide 12" in said
-    )
+    assert said.count("\n") == 1
+    assert "5 does not divide the 12 images" in said
+    assert "has 2" in said
+    assert "4 and 6 divide 12" in said
     engine.warn_of_rest("router", 7, 2)
     assert "1 and 7 divide 7" in capsys.readouterr().err
 
@@ -227,12 +230,12 @@ def test_one_writer_writes_each_checkpoint_as_the_state_was(tmp_path, monkeypatc
     checkpoints = training.checkpoints
     checkpoints.writer.cache_staged_state_dict = cached
     writer = checkpoints.writer
-    averages = []
+    ema_weights = []
     for _ in range(3):
         training.step()
-        averages.append(training.ema())
+        ema_weights.append(training.ema())
         training.save()
-        # training goes on while it is written
+        # training continues while it is written
         with torch.no_grad():
             next(iter(training.engine.ema.values())).add_(100)
         assert checkpoints.finish_saving() and checkpoints.writer is writer
@@ -241,10 +244,10 @@ def test_one_writer_writes_each_checkpoint_as_the_state_was(tmp_path, monkeypatc
     # train.keep_last
     names = [os.path.basename(path) for path in checkpoints.folders()]
     assert names == ["step-00000002", "step-00000003"]
-    for path, average in zip(checkpoints.folders(), averages[1:], strict=True):
-        found = {"ema": {k: torch.zeros_like(e) for k, e in average.items()}}
+    for path, ema in zip(checkpoints.folders(), ema_weights[1:], strict=True):
+        found = {"ema": {k: torch.zeros_like(e) for k, e in ema.items()}}
         torch.distributed.checkpoint.load(found, checkpoint_id=path, no_dist=True)
-        assert all(torch.equal(found["ema"][k], e) for k, e in average.items())
+        assert all(torch.equal(found["ema"][k], e) for k, e in ema.items())
 
 
 # ---- gradients that are not finite, whatever the optimiser ---------------------------------------
@@ -309,14 +312,8 @@ class Stub:
     channels, size, info = 3, 8, {"autoencoder": {"name": ""}}
 
     def __getitem__(self, i):
-        return {
-            "c": torch.tensor(3),
-            "u": 0.0,
-            "drop": 0.0,
-            "k": 0,
-            "bad": [],
-            "x": torch.zeros(3, 8, 8),
-        }
+        numbers = {"u": 0.0, "drop": 0.0, "k": 0, "bad": []}
+        return {"c": torch.tensor(3), "x": torch.zeros(3, 8, 8), **numbers}
 
     def pictures(self, x):
         return torch.zeros(len(x), self.size, self.size, 3, dtype=torch.uint8)
@@ -327,15 +324,16 @@ LACKING = [
     MemoryError(),
     RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you "
-        "tried to allocate 9 bytes"
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 9 bytes"
     ),
 ]
 
 
 def sampled(training, folder):
+    config = make_config({})
     logs.save_samples(
-        training.engine, make_config({}), Stub(), Stub(), folder / "samples", solver_steps=2
+        training.engine, config, Stub(), Stub(), folder / "samples", solver_steps=2
     )
 
 
@@ -483,16 +481,15 @@ def test_sharded_ema_weights_are_the_formula_s_also_after_a_resume(alone, tmp_pa
     assert [[part.data_ptr() for part in side] for side in again.engine.pairs] == parts
 
 
-def test_a_checkpoint_holds_the_moment_it_was_made_while_training_goes_on(tmp_path):
+def test_a_checkpoint_holds_the_moment_it_was_made_while_training_continues(tmp_path):
     training = made(tmp_path)
     training.step()
     weights = training.weights()
     ema = training.ema()
     training.save()
+    model = training.engine.model.parameters()
     with torch.no_grad():
-        for p, e in zip(
-            training.engine.model.parameters(), training.engine.ema.values(), strict=True
-        ):
+        for p, e in zip(model, training.engine.ema.values(), strict=True):
             p += 1
             e += 1
     training.checkpoints.finish_saving()
@@ -505,59 +502,49 @@ def test_a_checkpoint_holds_the_moment_it_was_made_while_training_goes_on(tmp_pa
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
+# a monolith of one double block and another one
+MMDIT = ["--shard", "all", "--model.double", 1, "--model.depth", 2]
+
+
 @pytest.fixture(scope="module")
 def mmdit(clustered, tmp_path_factory):
     """An MMDiT trained as the monolith by one process. Do not change it, copy it."""
     run = copy(clustered, tmp_path_factory.mktemp("mmdit"))
-    command(
-        "train_expert.py",
-        "--run-dir",
-        run,
-        "--shard",
-        "all",
-        "--model.double",
-        1,
-        "--model.depth",
-        2,
-    )
+    command("train_expert.py", "--run-dir", run, *MMDIT)
     return run
+
+
+def same_weights(run, other):
+    """The monolith's, but for the order of sums."""
+    one = load_file(run / "experts" / "all.safetensors")
+    two = load_file(other / "experts" / "all.safetensors")
+    assert one.keys() == two.keys()
+    assert all((one[k] - two[k]).abs().max() < 2e-4 for k in one)
 
 
 @pytest.mark.parametrize(
     "flags", [[], ["--train.micro_batch", 6, "--train.activation_checkpointing", "selective"]]
 )
-def test_sharded_training_gives_the_losses_and_the_average_of_one_process(
+def test_sharded_training_gives_the_losses_and_the_ema_of_one_process(
     clustered, mmdit, tmp_path, flags
 ):
     run = copy(clustered, tmp_path)
-    done = command(
-        "train_expert.py",
-        "--run-dir",
-        run,
-        "--shard",
-        "all",
-        "--model.double",
-        1,
-        "--model.depth",
-        2,
-        "--train.parallel",
-        "fsdp",
-        *flags,
-        ranks=2,
-    )
+    flags = [*MMDIT, "--train.parallel", "fsdp", *flags]
+    done = command("train_expert.py", "--run-dir", run, *flags, ranks=2)
     assert "sharded (FSDP2) over 2 ranks" in done.stdout
     same_rows(mmdit, run, "expert-all")
-    one, two = (load_file(r / "experts" / "all.safetensors") for r in (mmdit, run))
-    assert one.keys() == two.keys() and all((one[k] - two[k]).abs().max() < 2e-4 for k in one)
+    same_weights(mmdit, run)
     assert os.path.exists(run / "samples" / "expert-all-00000006.png")
 
 
 def test_sharded_training_in_bf16_follows_one_process_in_bf16(clustered, tmp_path):
     """To bf16's rounding: FSDP's gathered weights are bf16 where autocast would leave fp32.
-    Pictures are drawn as well.
+
+    Images are sampled as well.
     """
-    flags = ["--shard", "all", "--model.double", 1, "--model.depth", 2, "--train.precision", "bf16"]
-    one, two = copy(clustered, tmp_path / "a"), copy(clustered, tmp_path / "b")
+    flags = [*MMDIT, "--train.precision", "bf16"]
+    one = copy(clustered, tmp_path / "a")
+    two = copy(clustered, tmp_path / "b")
     command("train_expert.py", "--run-dir", one, *flags)
     command("train_expert.py", "--run-dir", two, *flags, "--train.parallel", "fsdp", ranks=2)
     for a, b in zip(log(one, "expert-all"), log(two, "expert-all"), strict=True):
@@ -569,100 +556,70 @@ def test_replicated_or_sharded_is_chosen_by_the_estimate_and_replicas_give_the_s
     clustered, mmdit, tmp_path
 ):
     run = copy(clustered, tmp_path)
-    done = command(
-        "train_expert.py",
-        "--run-dir",
-        run,
-        "--shard",
-        "all",
-        "--model.double",
-        1,
-        "--model.depth",
-        2,
-        ranks=2,
-    )
-    assert (
-        "replicated (DDP) over 2 ranks, train.parallel = 'auto'" in done.stdout
-        and "GB a rank replicated" in done.stdout
-    )
+    done = command("train_expert.py", "--run-dir", run, *MMDIT, ranks=2)
+    assert "replicated (DDP) over 2 ranks, train.parallel = 'auto'" in done.stdout
+    assert "GB a rank replicated" in done.stdout
     same_rows(mmdit, run, "expert-all")
 
 
-def test_a_sharded_training_goes_on_with_one_rank_and_sharded_again(clustered, mmdit, tmp_path):
-    """2 -> 1 -> 2 ranks; moments and average are resharded as they are loaded."""
+def test_a_sharded_training_resumes_with_one_rank_and_sharded_again(clustered, mmdit, tmp_path):
+    """2 -> 1 -> 2 ranks; moments and EMA weights are resharded as they are loaded."""
     run = copy(clustered, tmp_path)
-    flags = ["--run-dir", run, "--shard", "all", "--model.double", 1, "--model.depth", 2]
-    command("train_expert.py", *flags, "--train.steps", 2, "--train.parallel", "fsdp", ranks=2)
-    assert "resumed at step 2" in command("train_expert.py", *flags, "--train.steps", 4).stdout
-    assert (
-        "resumed at step 4"
-        in command("train_expert.py", *flags, "--train.parallel", "fsdp", ranks=2).stdout
-    )
+    flags = ["--run-dir", run, *MMDIT]
+    sharded = ["--train.parallel", "fsdp"]
+    command("train_expert.py", *flags, "--train.steps", 2, *sharded, ranks=2)
+    done = command("train_expert.py", *flags, "--train.steps", 4)
+    assert "resumed at step 2" in done.stdout
+    done = command("train_expert.py", *flags, *sharded, ranks=2)
+    assert "resumed at step 4" in done.stdout
     same_rows(mmdit, run, "expert-all")
-    one, two = (load_file(r / "experts" / "all.safetensors") for r in (mmdit, run))
-    assert all((one[k] - two[k]).abs().max() < 2e-4 for k in one)
+    same_weights(mmdit, run)
+
+
+TRACED = """
+import functools, os, sys
+sys.path.insert(0, os.getcwd())
+import train_expert
+from ddm import engine, errors
+engine.prepare_blocks = functools.partial(engine.prepare_blocks, backend="aot_eager")
+errors.script(train_expert.main)
+"""
 
 
 def test_compiled_blocks_train_sharded(clustered, mmdit, tmp_path):
     """The graphs run as they are traced: no C++ compiler is needed for this."""
     run = copy(clustered, tmp_path)
     script = tmp_path / "traced.py"
-    script.write_text(
-        "import functools, os, sys\n"
-        "sys.path.insert(0, os.getcwd())\n"
-        "import train_expert\n"
-        "from ddm import engine, errors\n"
-        "engine.prepare_blocks = functools.partial(engine.prepare_blocks, backend='aot_eager')\n"
-        "errors.script(train_expert.main)\n"
-    )
-    command(
-        script,
-        "--run-dir",
-        run,
-        "--shard",
-        "all",
-        "--model.double",
-        1,
-        "--model.depth",
-        2,
-        "--train.parallel",
-        "fsdp",
-        "--train.compile",
-        "yes",
-        "--train.activation_checkpointing",
-        "block",
-        ranks=2,
-    )
+    script.write_text(TRACED)
+    flags = ["--train.parallel", "fsdp", "--train.compile", "yes"]
+    flags += ["--train.activation_checkpointing", "block"]
+    command(script, "--run-dir", run, *MMDIT, *flags, ranks=2)
     same_rows(mmdit, run, "expert-all", rel=1e-4)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line_and_the_former_one_is_used(
+def limit_file_size():
+    """To 300 KB: the model's file is smaller, a checkpoint larger."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_former_one_is_used(
     clustered, tmp_path
 ):
     run = copy(clustered, tmp_path)
     flags = ["--run-dir", run, "--shard", 0, "--train.save_every", 2, "--data.workers", 0]
     command("train_expert.py", *flags, "--train.steps", 2)
-
-    def limit():
-        # the model's file is smaller, a checkpoint larger
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-
     done = subprocess.run(
         command_line("train_expert.py", *flags),
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        preexec_fn=limit,
+        preexec_fn=limit_file_size,
     )
-    assert (
-        done.returncode == 2
-        and "checkpoint of step 6 could not be written" in done.stderr.splitlines()[-1]
-    )
-    assert (
-        "checkpoint of step 4 could not be written" in done.stderr
-        and "training goes on" in done.stderr
-    )
+    assert done.returncode == 2
+    assert "checkpoint of step 6 could not be written" in done.stderr.splitlines()[-1]
+    assert "checkpoint of step 4 could not be written" in done.stderr
+    assert "training goes on" in done.stderr
     assert "resumed at step 2" in command("train_expert.py", *flags).stdout
 
 
@@ -675,12 +632,11 @@ def test_a_profile_is_a_trace_and_the_log_has_speed_and_memory(clustered, tmp_pa
     trace = json.loads((run / "logs" / "expert-0.trace.json").read_text())
     assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
     for row in log(run, "expert-0"):
-        assert (
-            0 <= float(row["wait"]) <= 1
-            and float(row["memory_gb"]) > 0.05
-            and float(row["images_per_s"]) > 0
-        )
-        assert row["mfu"] == ""  # of a CPU no peak is known
+        assert 0 <= float(row["wait"]) <= 1
+        assert float(row["memory_gb"]) > 0.05
+        assert float(row["images_per_s"]) > 0
+        # of a CPU no peak is known
+        assert row["mfu"] == ""
 
 
 @pytest.mark.parametrize(
@@ -706,12 +662,14 @@ def test_peak_rates_are_found_by_the_names_that_devices_give_themselves(name, bf
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_plan_counts_what_a_real_forward_pass_keeps(kind, bf16):
-    model, storages = small(kind), {}
+    model = small(kind)
+    storages = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
         return tensor
 
     with (
@@ -720,20 +678,22 @@ def test_the_plan_counts_what_a_real_forward_pass_keeps(kind, bf16):
     ):
         out = model(*inputs(kind))
     counted = plan.kept(model.config, 3, bf16)
-    assert out.requires_grad and counted["none"] == pytest.approx(
-        sum(s.nbytes() for s in storages.values()), rel=0.02
-    )
+    kept = sum(s.nbytes() for s in storages.values())
+    assert out.requires_grad
+    assert counted["none"] == pytest.approx(kept, rel=0.02)
 
 
-def test_selective_checkpointing_keeps_products_and_attention_and_block_checkpointing_what_enters():
-    """By hand, for a deep DiT in fp32: adaLN 6 D; q, k, v, attention, projection and both layers of
-    the MLP 3 + 1 + 1 + 4 + 1 of N D.
+def test_selective_checkpointing_keeps_products_and_block_checkpointing_what_enters():
+    """By hand, for a deep DiT in fp32.
+
+    adaLN 6 D; q, k, v, attention, projection and both layers of the MLP 3 + 1 + 1 + 4 + 1 of N D.
     """
     config = models.ModelConfig(16, 3, dim=64, depth=24, heads=2, patch=2)
-    N, D, image = 64, 64, plan.Memory(config, bf16=False).image
-    assert image["selective"] - image["block"] == pytest.approx(
-        4 * 24 * (10 * N * D + 6 * D + 2 * N), rel=0.02
-    )
+    image = plan.Memory(config, bf16=False).image
+    N = 64
+    D = 64
+    products = 4 * 24 * (10 * N * D + 6 * D + 2 * N)
+    assert image["selective"] - image["block"] == pytest.approx(products, rel=0.02)
     assert image["block"] < image["selective"] < image["none"]
     inputs_and_a_block = 4 * 24 * N * D + image["none"] / 24
     assert image["block"] == pytest.approx(inputs_and_a_block, rel=0.1)
@@ -743,65 +703,66 @@ def test_memory_by_hand_replicated_and_sharded():
     need_config = small("DiT").config
     need = plan.Memory(need_config, bf16=False)
     P = sum(p.numel() for p in small("DiT").parameters())
-    assert need.parameters == P and need.casts == 0
-    assert (
-        sum(need.fixed(False, 8, False).values()) == 20 * P
-    )  # weights, gradients, two moments, average
+    assert need.parameters == P
+    assert need.casts == 0
+    # weights, gradients, two moments, EMA weights
+    assert sum(need.fixed(False, 8, False).values()) == 20 * P
+
     sharded = need.fixed(True, 8, False)
-    assert (
-        sum(sharded.values()) - sharded["copies"] == 20 * P / 8
-        and need.fixed(True, 8, True)["gradients"] == 4 * P
-    )
+    assert sum(sharded.values()) - sharded["copies"] == 20 * P / 8
+    assert need.fixed(True, 8, True)["gradients"] == 4 * P
     room = need.total(False, 1, 4, True, "none") / plan.USABLE
-    assert (
-        need.micro_batch(False, 1, 12, "none", room) == 4
-        and need.micro_batch(False, 1, 12, "none", 10 * P) == 0
-    )
+    assert need.micro_batch(False, 1, 12, "none", room) == 4
+    assert need.micro_batch(False, 1, 12, "none", 10 * P) == 0
+
     # two replicas: the first micro-batch of all has gradients beside DDP's buckets
-    assert (
-        need.fixed(False, 2, True)["gradients"] == 8 * P
-        and need.fixed(False, 1, True)["gradients"] == 4 * P
-    )
+    assert need.fixed(False, 2, True)["gradients"] == 8 * P
+    assert need.fixed(False, 1, True)["gradients"] == 4 * P
     room = need.total(False, 2, 4, True, "none") / plan.USABLE
     tight = SimpleNamespace(micro_batch=4, activation_checkpointing="none", parallel="auto")
-    assert not need.shards(tight, 2, 12, room) and need.shards(tight, 2, 12, 0.9 * room)
-    assert plan.Memory(need_config, False, beside=room).shards(
-        tight, 2, 12, room
-    )  # no room beside teachers
+    assert not need.shards(tight, 2, 12, room)
+    assert need.shards(tight, 2, 12, 0.9 * room)
+
+    # no room beside teachers
+    assert plan.Memory(need_config, False, beside=room).shards(tight, 2, 12, room)
 
 
 def test_frozen_networks_are_planned_for_and_work_before_the_model_does():
     sdxl = "openai/clip-vit-large-patch14 + laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
     config = make_config({"autoencoder.name": "stabilityai/sd-vae-ft-mse", "text.name": sdxl})
     weights, work, unknown = plan.frozen(config, bf16=True)
-    assert (
-        weights == 4 * 83_653_863 + 2 * (123_060_480 + 693_021_440)
-        and 1e9 < work < 4e9
-        and not unknown
-    )
+    vae = 83_653_863
+    encoders = 123_060_480 + 693_021_440
+    assert weights == 4 * vae + 2 * encoders
+    assert 1e9 < work < 4e9
+    assert not unknown
     config.text.precision = "fp32"
-    assert plan.frozen(config, bf16=True)[0] == 4 * (83_653_863 + 123_060_480 + 693_021_440)
-    config.data.condition, config.autoencoder.name = "class", ""
+    assert plan.frozen(config, bf16=True)[0] == 4 * (vae + encoders)
+    config.data.condition = "class"
+    config.autoencoder.name = ""
     assert plan.frozen(config, bf16=True) == (0, 0, "")
+
     shape = small("DiT").config
-    plain, beside = plan.Memory(shape, False), plan.Memory(shape, False, beside=1000, work=10**9)
-    assert beside.total(False, 1, 1, False, "none") == 1000 + 20 * plain.parameters + 10**9
-    many = -(-(10**9) // plain.image["none"])  # so many images take more than it
-    assert beside.total(False, 1, many, False, "none") == 1000 + plain.total(
-        False, 1, many, False, "none"
-    )
+    plain = plan.Memory(shape, False)
+    beside = plan.Memory(shape, False, beside=1000, work=10**9)
+    fixed = 20 * plain.parameters
+    assert beside.total(False, 1, 1, False, "none") == 1000 + fixed + 10**9
+    # so many images take more than it
+    many = -(-(10**9) // plain.image["none"])
+    alone = plain.total(False, 1, many, False, "none")
+    assert beside.total(False, 1, many, False, "none") == 1000 + alone
 
 
+@pytest.mark.slow
 def test_frozen_networks_of_a_folder_are_counted_by_their_configs(networks):
     import diffusers
     import transformers
 
-    config = make_config(
-        {
-            "autoencoder.name": str(networks / "vae"),
-            "text.name": f"{networks / 'clip'} + {networks / 't5'} + {networks / 'bart'}",
-        }
-    )
+    names = {
+        "autoencoder.name": str(networks / "vae"),
+        "text.name": f"{networks / 'clip'} + {networks / 't5'} + {networks / 'bart'}",
+    }
+    config = make_config(names)
     classes = {
         "clip": transformers.CLIPTextModel,
         "t5": transformers.T5EncoderModel,
@@ -810,39 +771,41 @@ def test_frozen_networks_of_a_folder_are_counted_by_their_configs(networks):
     loaded = {name: kind.from_pretrained(networks / name) for name, kind in classes.items()}
     loaded["bart"] = loaded["bart"].get_encoder()
     vae = plan.parameters(diffusers.AutoencoderKL.from_pretrained(networks / "vae"))
-    assert plan.frozen(config, bf16=True)[0] == 4 * vae + 2 * sum(
-        map(plan.parameters, loaded.values())
-    )
-    config.text.name = str(networks / "clip-image")  # a CLIP of both halves: its text half
-    assert plan.frozen(config, bf16=True)[0] == 4 * vae + 2 * plan.parameters(
-        transformers.CLIPTextModel.from_pretrained(networks / "clip-image")
-    )
+    encoders = sum(plan.parameters(network) for network in loaded.values())
+    assert plan.frozen(config, bf16=True)[0] == 4 * vae + 2 * encoders
+
+    # a CLIP of both halves: its text half
+    config.text.name = str(networks / "clip-image")
+    half = transformers.CLIPTextModel.from_pretrained(networks / "clip-image")
+    assert plan.frozen(config, bf16=True)[0] == 4 * vae + 2 * plan.parameters(half)
     config.text.name = "nobody/knows-this"
     weights, _, unknown = plan.frozen(config, bf16=True)
-    assert weights == 0 and "nobody/knows-this" in unknown
+    assert weights == 0
+    assert "nobody/knows-this" in unknown
 
 
 def test_as_many_teachers_as_fit_beside_the_training():
     need = plan.Memory(small("DiT").config, False)
     train = SimpleNamespace(micro_batch=0, activation_checkpointing="none", parallel="auto")
-    sizes, alone = [100_000] * 8, need.configured(False, train, 2, 4)
+    sizes = [100_000] * 8
+    alone = need.configured(False, train, 2, 4)
 
-    def memory(room):
-        return (room + 1) / plan.USABLE
+    def teachers(room):
+        return need.teachers(train, 2, 4, sizes, (room + 1) / plan.USABLE)
 
     for fits in (1, 3, 8):
-        assert need.teachers(train, 2, 4, sizes, memory(alone + fits * 100_000)) == fits
+        assert teachers(alone + fits * 100_000) == fits
     assert need.teachers(train, 2, 4, sizes, 10**12) == 8
+
+    # no replica would leave room for one
     sharded = need.configured(True, train, 2, 4)
-    assert (
-        sharded < alone and need.teachers(train, 2, 4, sizes, memory(sharded + 200_000)) == 2
-    )  # no replica would leave room for one
-    assert need.teachers(train, 2, 4, sizes, memory(0)) == 1
-    assert (
-        plan.how_many([30, 10, 20], 50) == 2
-        and plan.how_many([30, 10, 20], 60) == 3
-        and plan.how_many([30], 0) == 1
-    )
+    assert sharded < alone
+    assert teachers(sharded + 200_000) == 2
+    assert teachers(0) == 1
+
+    assert plan.how_many([30, 10, 20], 50) == 2
+    assert plan.how_many([30, 10, 20], 60) == 3
+    assert plan.how_many([30], 0) == 1
 
 
 def test_ranks_share_their_own_machine_s_cores_and_memory(monkeypatch):
@@ -851,40 +814,35 @@ def test_ranks_share_their_own_machine_s_cores_and_memory(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert ddm.process.local_world() == 1
     whole = plan.device_memory(cpu)
+    # a launcher that does not say it
     monkeypatch.setenv("WORLD_SIZE", "16")
-    assert ddm.process.local_world() == 16  # a launcher that does not say it
+    assert ddm.process.local_world() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert ddm.process.local_world() == 8 and plan.device_memory(cpu) == whole // 8
+    assert ddm.process.local_world() == 8
+    assert plan.device_memory(cpu) == whole // 8
 
 
 def test_the_plan_of_the_3b_config_says_memory_time_and_what_the_paper_s_step_implies():
-    done = inside(
-        "train_expert.py",
-        "--shard",
-        0,
-        "--plan",
-        os.path.join(ROOT, "configs", "laion-3b.toml"),
-        "--plan.gpus",
-        16,
-        "--plan.step_seconds",
-        0.28,
-    )
+    config = os.path.join(ROOT, "configs", "laion-3b.toml")
+    flags = ["--plan", config, "--plan.gpus", 16, "--plan.step_seconds", 0.28]
+    done = inside("train_expert.py", "--shard", 0, *flags)
     assert done.returncode == 0, done.stderr
-    shape = models.ModelConfig(
-        32, 4, condition="text", text_dim=2048, length=128, **models.PRESETS["MMDiT-3B/2"]
-    )
+
+    condition = dict(condition="text", text_dim=2048, length=128)
+    shape = models.ModelConfig(32, 4, **condition, **models.PRESETS["MMDiT-3B/2"])
     image = 3 * plan.flops(shape)
+    mfu = 256 * image / (16 * 989e12 * 0.28)
     assert f"{image / 1e12:.4g} TFLOPs" in done.stdout
-    assert (
-        f"an MFU of {256 * image / (16 * 989e12 * 0.28):.1%}" in done.stdout
-        and "3.2 days" in done.stdout
-    )
-    assert "FSDP2" in done.stdout and "DDP" in done.stdout
-    # the autoencoder in fp32, T5's encoder in bf16; weights, moments and average, once a GPU
-    assert f"{(4 * 83_653_863 + 2 * 1_223_527_424) / 1e9:.3g} GB for frozen networks" in done.stdout
-    assert (
-        f"copied to {16 * plan.parameter_count(shape) / 1e9:.3g} GB of pinned memory" in done.stdout
-    )
+    assert f"an MFU of {mfu:.1%}" in done.stdout
+    assert "3.2 days" in done.stdout
+    assert "FSDP2" in done.stdout
+    assert "DDP" in done.stdout
+
+    # the autoencoder in fp32, T5's encoder in bf16; weights, moments and EMA weights, once a GPU
+    frozen = 4 * 83_653_863 + 2 * 1_223_527_424
+    pinned = 16 * plan.parameter_count(shape)
+    assert f"{frozen / 1e9:.3g} GB for frozen networks" in done.stdout
+    assert f"copied to {pinned / 1e9:.3g} GB of pinned memory" in done.stdout
 
 
 def test_plans_of_a_run_train_nothing(clustered, tmp_path):
@@ -895,9 +853,10 @@ def test_plans_of_a_run_train_nothing(clustered, tmp_path):
         ("distill.py", []),
     ):
         done = inside(script, "--run-dir", run, *flags, "--plan", "--plan.gpus", 1)
-        assert (
-            done.returncode == 0 and "images/s" in done.stdout and "micro-batch" in done.stdout
-        ), done.stderr
+        assert done.returncode == 0, done.stderr
+        assert "images/s" in done.stdout, done.stderr
+        assert "micro-batch" in done.stdout, done.stderr
     assert not (run / "checkpoints").exists()
     done = inside("train_expert.py", "--run-dir", run, "--shard", 0, "--plan", "--plan.gpus", 3)
-    assert done.returncode == 2 and "a batch of 8 cannot be shared by 3 GPUs" in done.stderr
+    assert done.returncode == 2
+    assert "a batch of 8 cannot be shared by 3 GPUs" in done.stderr
