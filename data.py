@@ -525,7 +525,7 @@ class TarDataset(torch.utils.data.Dataset):
         path, _, cause = bad[-1]
         raise UserError("a hundred samples in a row cannot be used, the last: "
                         f"{found.printable(': '.join(bad[-1]))}; "
-                        f"{describe_samples(path, cause, self.condition)}")
+                        f"{describe_samples(path, cause, self.condition)}", local=True)
 
     def sample(self, number):
         """-> (PIL image, or latents of shape `latent` float16; condition; cluster) of a sample.

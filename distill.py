@@ -346,14 +346,14 @@ def training_loop(engine, batches, *, config, space, teachers, optimizer, checkp
             saving |= stopping or engine.is_due(train.save_every)
             check_finite(engine, checkpoints, log, batches, saving)
             if engine.is_due(train.log_every):
-                log.row()
+                log.row(checkpoints)
+            if engine.is_due(train.sample_every):
+                save_samples(engine, config, batches.data, space, folder=log.samples)
             # after a skipped step nothing is saved, the weights may be ruined: after the next one
             if saving and norm.isfinite():
                 checkpoints.export(path, engine, **info)
                 checkpoints.save(engine, optimizer, log)
                 saving = False
-            if engine.is_due(train.sample_every):
-                save_samples(engine, config, batches.data, space, folder=log.samples)
             if stopping and not saving:
                 break
 

@@ -148,7 +148,7 @@ def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log
             saving |= stopping or engine.is_due(train.save_every)
             check_finite(engine, checkpoints, log, batches, saving)
             if engine.is_due(train.log_every):
-                log.row()
+                log.row(checkpoints)
             # after a skipped step nothing is saved, the weights may be ruined: after the next one
             if saving and norm.isfinite():
                 checkpoints.export(path, engine, **info)

@@ -36,6 +36,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 STATE = {
     "step": int,
     "nonfinite": [float],
+    "optimizer": [str],
     "log": {"seconds": float, "device_seconds": float, "bad": int, "skipped": [list],
             "meter": {"totals": {str: [[float]]}, "norm_max": float}},
     "identity": dict,
@@ -65,6 +66,12 @@ def cause_of(error):
     """The last line of what an exception says, where torch puts the cause."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[-1]
+
+
+def names_of(optimizer):
+    """The classes of an optimiser, or of a list of them: another one's state is of another kind."""
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    return [type(each).__name__ for each in optimizers]
 
 
 def step_of(folder):
@@ -147,6 +154,12 @@ class Checkpoints:
         if not self.resumed:
             return
         optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+        names = names_of(optimizer)
+        if names != self.state["optimizer"]:
+            raise UserError(f"{self.newest} was made with the optimiser "
+                            f"{' + '.join(self.state['optimizer'])}, now it is "
+                            f"{' + '.join(names)}: use that one, or delete {self.folder} to start "
+                            f"anew")
         settings = []
         for each in optimizers:
             for group in each.param_groups:
@@ -188,7 +201,7 @@ class Checkpoints:
         place = os.path.join(self.folder, f"step-{engine.step:08d}")
         tensors = self._tensors(engine, optimizer)
         state = {"step": engine.step, "nonfinite": engine.nonfinite.tolist(), "log": log.state(),
-                 "identity": self.identity}
+                 "optimizer": names_of(optimizer), "identity": self.identity}
 
         if self.ranks.rank == 0:
             # of a run that was killed here
@@ -466,15 +479,11 @@ def training(engine, optimizer, checkpoints, log, batches):
     log.begin(engine.step, checkpoints.resumed)
     try:
         yield
-    except UserError as error:
-        if not error.local:
-            # a checkpoint on its way would be cut short
-            checkpoints.finish_saving()
-        raise
+        _finish(engine, optimizer, checkpoints, log, batches)
     finally:
+        # only now: the last checkpoint may hang, too
         faulthandler.cancel_dump_traceback_later()
         log.end()
-    _finish(engine, optimizer, checkpoints, log, batches)
 
 
 def _finish(engine, optimizer, checkpoints, log, batches):

@@ -167,7 +167,8 @@ class Train(Table):
     weight_decay: float = key(0.0, "AdamW's weight decay")
     grad_clip: float = key(1.0, "largest norm of the gradient (0: not clipped)")
     ema_decay: float = key(
-        0.9999, "decay of the EMA weights; min(ema_decay, (1 + n) / (10 + n)) after n steps")
+        0.9999, "decay of the EMA weights; min(ema_decay, (1 + n) / (10 + n)) after n steps",
+        most=1)
     seed: int = key(0, "seed of the initial weights, the order of the data and the noise")
 
     # memory and speed

@@ -2,6 +2,7 @@
 """
 import codecs
 import contextlib
+import errno
 import json
 import os
 import re
@@ -64,7 +65,7 @@ def atomic(path):
         # safetensors is written in Rust, and gives the number within a text alone
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
-            raise UserError(f"{path} could not be written: {error}") from None
+            raise OSError(errno.EIO, str(error), path) from None
         number = int(number[1])
         raise OSError(number, os.strerror(number), path) from None
     except OSError as error:

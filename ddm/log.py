@@ -46,8 +46,9 @@ class Meter:
     no trace in the means.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, rank=0):
         self.device = device
+        self.rank = rank
         # name -> [n,2]: sum and count, of n = 1 or BINS
         self.kept = {}
         self.of_step = {}
@@ -79,6 +80,9 @@ class Meter:
         finite = norm.isfinite()
         # before the loop, so that it is dropped with the rest
         self.add("grad_norm", norm)
+        if self.rank:
+            # all ranks have the same norm: it counts once, on any number of them
+            self.of_step["grad_norm"].zero_()
         for name, sums in self.of_step.items():
             entry = self._entry(self.kept, name, rows=len(sums))
             # chosen on the device: an `if` would wait for it
@@ -87,10 +91,6 @@ class Meter:
 
         largest = self.norm_max.maximum(norm.double())
         self.norm_max = torch.where(finite, largest, self.norm_max)
-
-    def drop_step(self):
-        """Forgets what the step added: it never happened."""
-        self.of_step = {}
 
     def totals(self):
         """{name: [[sum, count], ...]} over all ranks; a collective."""
@@ -127,11 +127,13 @@ class Meter:
         return {"totals": self.totals(), "norm_max": float(self.norm_max)}
 
     def load(self, state, rank):
-        """Takes up `state`: on rank 0, since it has been summed over the ranks."""
+        """Takes up `state`: on rank 0, since it has been summed over the ranks; the others have the
+        same names, with nothing in them.
+        """
         self.norm_max.fill_(state["norm_max"])
-        if rank == 0:
-            for name, rows in state["totals"].items():
-                self.kept[name] = torch.tensor(rows, dtype=torch.float64, device=self.device)
+        for name, rows in state["totals"].items():
+            sums = torch.tensor(rows, dtype=torch.float64, device=self.device)
+            self.kept[name] = sums if rank == 0 else torch.zeros_like(sums)
 
 
 class Table:
@@ -147,7 +149,7 @@ class Table:
                 if (row["step"] or "").isdigit() and int(row["step"]) <= last:
                     rows.append(row)
 
-        self._write(rows)
+        self._write(rows, self.columns)
         # what has been written lately
         self.recent = rows[-10:]
 
@@ -163,14 +165,16 @@ class Table:
             return rows
         return []
 
-    def _write(self, rows):
+    def _write(self, rows, columns):
         with (
             atomic(self.path) as temporary,
             open(temporary, "w", encoding="utf-8", newline="", errors="replace") as f,
         ):
-            writer = csv.DictWriter(f, self.columns, extrasaction="ignore")
+            writer = csv.DictWriter(f, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+        # only now: a full disk leaves the table as it was
+        self.columns = columns
 
     def add(self, rows):
         """Appends dicts, {column: text}. A full disk costs a warning: weights are worth more."""
@@ -181,8 +185,8 @@ class Table:
             if new:
                 # a number that the script logs only now
                 before = self.read()
-                self.columns = [*rows[0], *(c for c in self.columns if c not in rows[0])]
-                self._write(before + rows)
+                others = [column for column in self.columns if column not in rows[0]]
+                self._write(before + rows, [*rows[0], *others])
                 return
             # appended: to rewrite the file would cost more, the longer a training lasts
             with open(self.path, "a", encoding="utf-8", newline="", errors="replace") as f:
@@ -208,7 +212,7 @@ class Log:
         self.max_bad = config.data.max_bad
         self.profile = profile and engine.ranks.rank == 0
 
-        self.meter = Meter(self.ranks.device)
+        self.meter = Meter(self.ranks.device, self.ranks.rank)
         # of training over all resumes, and times the ranks
         self.seconds = 0.0
         self.device_seconds = 0.0
@@ -266,7 +270,13 @@ class Log:
 
     def rows(self):
         """All rows of the file so far, dicts of text, on rank 0; [] elsewhere."""
-        return [] if self.bar is None else self.table.read()
+        if self.bar is None:
+            return []
+        # nobody's log is worth more than what it is read for
+        try:
+            return [row for row in self.table.read() if (row["step"] or "").isdigit()]
+        except OSError:
+            return []
 
     def begin(self, step, resumed):
         """Opens the files and the progress bar, on rank 0."""
@@ -303,10 +313,11 @@ class Log:
         if self.profiler is not None:
             self.profiler.step()
 
-    def row(self):
+    def row(self, checkpoints):
         """Writes the row of this step; a collective.
 
-        UserError if too many samples could not be used.
+        UserError if too many samples could not be used; checkpoints: the one on its way is waited
+        for before that.
         """
         step = self.engine.step
         images = step * self.engine.batch
@@ -316,7 +327,7 @@ class Log:
         self.device_seconds += seconds * self.ranks.world
         # both are collectives, for which no rank may have left
         means = self.meter.means()
-        self._count_bad(images)
+        self._count_bad(images, checkpoints)
 
         values = {
             "step": step,
@@ -348,7 +359,7 @@ class Log:
         self.images = 0
         self.waited = 0.0
 
-    def _count_bad(self, images):
+    def _count_bad(self, images, checkpoints):
         """Lists the samples that could not be used; a collective."""
         rows = []
         for of_rank in gather(self.skipped):
@@ -362,6 +373,7 @@ class Log:
         read = images + self.bad
         # a handful in a short training is no reason to stop
         if self.bad > 10 and self.bad > self.max_bad * read:
+            checkpoints.finish_saving()
             raise UserError(f"{self.bad} of {read} samples could not be used, more than "
                             f"data.max_bad = {self.max_bad} of them: see {self.path}.skipped.csv")
 
