@@ -71,3 +71,8 @@ def test_an_exercise_applies_to_one_script_and_trains(clustered, tmp_path, numbe
     assert "resumed at step 2" in done.stdout
     header, *rows = (run / "logs" / "expert-0.csv").read_text().splitlines()
     assert len(rows) == 2 and ("contrast" in header) == (number == 1)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_figure_is_left_to_be_filled_in(page):
+    assert "FIGURE-" not in read(page) and "EXERCISE-" not in read(page)
