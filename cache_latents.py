@@ -36,8 +36,9 @@ from ddm.config import load_run, make_parser, parse
 from ddm.encoders import NONE, identity, label, resolve
 from ddm.errors import UserError, script
 from ddm.files import write_text
+from ddm.lock import alone
 from ddm.process import gather, on_rank_0, progress, start, sum_over_ranks
-from ddm.run import alone, read_clusters
+from ddm.run import read_clusters
 from ddm.tars import TarWriter
 
 # images that are cached together

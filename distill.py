@@ -289,7 +289,9 @@ def open_and_train(args, config, train):
     checkpoints.resume(engine, optimizer, log)
     # after a resume: counted once, before the decoding processes are forked
     data.cluster(engine.step * engine.batch // data.micro)
-    batches = Batches(data, config, engine, Stop())
+    # from here on a signal ends the training after its step
+    stop = Stop()
+    batches = Batches(data, config, engine, stop)
 
     path = os.path.join(args.run_dir, "student.safetensors")
     training_loop(engine, batches, config=config, space=space, teachers=teachers,

@@ -461,7 +461,7 @@ def evaluate_row(row, team, space, *, run, reference, measures, args, ranks):
     """
     # a team counts its forwards from the start
     flops_before = team.flops()
-    samples = draw(row, team, space, reference=reference, args=args, ranks=ranks)
+    samples = sample_images(row, team, space, reference=reference, args=args, ranks=ranks)
     measured, images = measure(samples, run, reference, measures=measures, keep=args.npz)
     flops = torch.tensor(float(team.flops() - flops_before), dtype=torch.float64)
     flops = sum_over_ranks(flops).item()
@@ -481,7 +481,7 @@ def evaluate_row(row, team, space, *, run, reference, measures, args, ranks):
     }, images
 
 
-def draw(row, team, space, *, reference, args, ranks):
+def sample_images(row, team, space, *, reference, args, ranks):
     """Yields (numbers of samples, images uint8 [B,S,S,3]) of this rank's share of a row."""
     settings = row.settings
     times = flow.time_grid(settings.steps, team.shift(settings))
@@ -505,7 +505,7 @@ def draw(row, team, space, *, reference, args, ranks):
         # the last of the solver's states is kept
         for x_t in flow.integrate(velocity, noise.to(ranks.device), times, settings.solver):
             x_0 = x_t
-        yield numbers, space.pictures(x_0).cpu().numpy()
+        yield numbers, space.images(x_0).cpu().numpy()
         bar.update(len(numbers))
     bar.close()
 
@@ -520,7 +520,7 @@ def encode(conditions, kind, space, device):
 
 
 def measure(samples, run, reference, *, measures, keep):
-    """What can be said of the samples that draw() yields on each rank.
+    """What can be said of the samples that sample_images() yields on each rank.
 
     -> (a dict of numbers; the images [N,S,S,3], on rank 0 and if keep, else None)
     """

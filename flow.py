@@ -102,7 +102,8 @@ def expert_loss(model, x_0: Tensor, c, t: Tensor, eps: Tensor, objective="veloci
     """Conditional flow matching on the expert's own cluster (eq. 6) -> squared error [B].
 
     velocity on a variance-preserving path is alpha eps - sigma x_0 (Salimans & Ho 2022). An x0
-    model is trained on its velocity, too: the error of x_0 over sigma.
+    model is trained on its velocity, too: the error of x_0 over sigma, which is taken as T_MIN at
+    the least.
     """
     x_t = interpolate(x_0, eps, t, path)                              # [B,C,H,W]
     out = model(x_t, t, c).float()                                    # [B,C,H,W]
@@ -214,7 +215,7 @@ def to_velocity(out, x_t, t, objective="velocity", path="linear", bound=None):
 
 STRATEGIES = "full, top-N, sample-N, threshold-P, nucleus-P, once, oracle-N"
 # those that need random numbers
-DRAWING = ("sample", "nucleus", "once")
+RANDOM = ("sample", "nucleus", "once")
 
 
 def parse_strategy(text):
@@ -246,11 +247,11 @@ def choose(strategy, p: Tensor, u=None) -> Tensor:
     if name == "threshold":
         return threshold(p, number)
     if name == "sample":
-        return draw(p, u, number)
+        return sample_experts(p, u, number)
     if name == "nucleus":
-        return draw(nucleus(p, number), u)
+        return sample_experts(nucleus(p, number), u)
     assert name == "once", f"the router has no say in {name}"
-    return draw(p, u)
+    return sample_experts(p, u)
 
 
 def _among(p, chosen):
@@ -290,7 +291,7 @@ def nucleus(p, mass):
     return _among(p, torch.zeros_like(inside).scatter(1, order, inside))
 
 
-def draw(p, u, k=1):
+def sample_experts(p, u, k=1):
     """k different experts an image, drawn in proportion to p by u [B,K], uniform on [0,1).
 
     The k largest of log p plus Gumbel noise are such a draw (Kool et al. 2019).

@@ -177,7 +177,7 @@ class Trunk(nn.Module):
     """What the networks have in common: image, time and condition are embedded, blocks follow.
 
     A subclass adds self.head and calls init_weights. One with other blocks (MMDiT) replaces
-    make_blocks, zero_layers, reset_positions and trunk, and nothing else.
+    make_blocks, zero_layers, reset_positions and features, and nothing else.
     """
 
     def __init__(self, config):
@@ -293,12 +293,12 @@ class Trunk(nn.Module):
         # layout of its first operand
         return x.contiguous(), emb
 
-    def trunk(self, x_t, t, c, first=None):
-        """-> [B,N,D] after the blocks, normalised. first [1,1,D]: a token before the patches."""
+    def features(self, x_t, t, c, cls_token=None):
+        """-> [B,N,D] after the blocks, normalised. cls_token [1,1,D]: goes before the patches."""
         x, emb = self.embed(x_t, t, c)                                      # [B,N,D], [B,D]
         x = x + self.positions                                              # [B,N,D]
-        if first is not None:
-            x = torch.cat([first.expand(len(x), -1, -1), x], dim=1)         # [B,1+N,D]
+        if cls_token is not None:
+            x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)     # [B,1+N,D]
 
         y = None
         mask = None
@@ -326,7 +326,7 @@ class DiT(Trunk):
         p = self.config.patch
         n = self.config.size // p
 
-        x = self.trunk(x_t, t, c)                                           # [B,N,D]
+        x = self.features(x_t, t, c)                                           # [B,N,D]
         x = self.head(x)                                                    # [B,N,p*p*C]
 
         # each token is a patch: put it back in its place
@@ -347,7 +347,7 @@ class Router(Trunk):
 
     def forward(self, x_t, t, c=None):
         """x_t [B,C,S,S], t [B] in [0,1], c the condition -> logits [B,K], float32 always."""
-        x = self.trunk(x_t, t, c, self.cls_token)                           # [B,1+N,D]
+        x = self.features(x_t, t, c, self.cls_token)                           # [B,1+N,D]
         x = x[:, 0]                                                         # [B,D]
         # one product of [D,K]: bf16 would round the logits, so that p is off by some percent and
         # clusters tie

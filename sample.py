@@ -421,7 +421,7 @@ def sample(setup, jobs, output):
         for x in flow.integrate(trace or velocity, noise, setup.times, setup.settings.solver):
             bar.update(len(x))
 
-        images = setup.space.pictures(x).cpu().numpy()                # [B,H,W,3]
+        images = setup.space.images(x).cpu().numpy()                # [B,H,W,3]
         shares = (velocity.used / velocity.calls).tolist()            # [B,K]
         for job, image, share in zip(batch, images, shares, strict=True):
             if output.folder:
@@ -503,7 +503,7 @@ class Trace:
         columns = []
         for i in range(COLUMNS):
             t, x_0 = self.predictions[round(i * last / (COLUMNS - 1))]
-            columns.append((t, setup.space.pictures(x_0).cpu().numpy()))
+            columns.append((t, setup.space.images(x_0).cpu().numpy()))
 
         for n, job in enumerate(self.jobs):
             title = f"seed {job.seed}  {setup.prompts.captions[job.prompt]}".strip()

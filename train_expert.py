@@ -103,7 +103,9 @@ def open_and_train(args, config, name, shards, batch):
     log = Log(args.run_dir, engine, config, profile=args.profile)
     # last: it fills what has been made above
     checkpoints.resume(engine, optimizer, log)
-    batches = Batches(data, config, engine, Stop())
+    # from here on a signal ends the training after its step
+    stop = Stop()
+    batches = Batches(data, config, engine, stop)
 
     path = os.path.join(args.run_dir, "experts", f"{args.shard}.safetensors")
     info = describe(config, space, clusters)

@@ -90,7 +90,9 @@ def open_and_train(args, config, train):
     log = Log(args.run_dir, engine, config, profile=args.profile)
     # last: it fills what has been made above
     checkpoints.resume(engine, optimizer, log)
-    batches = Batches(data, config, engine, Stop())
+    # from here on a signal ends the training after its step
+    stop = Stop()
+    batches = Batches(data, config, engine, stop)
 
     path = os.path.join(args.run_dir, "router.safetensors")
     info = describe(config, space, clusters)

@@ -183,7 +183,7 @@ class Space:
             return mean
         return mean + std * post
 
-    def pictures(self, x):
+    def images(self, x):
         """x_0 [B,C,h,w] -> uint8 images [B,S,S,3]."""
         autoencoder = self.network("autoencoder")
         if autoencoder is not None:

@@ -188,7 +188,8 @@ class Train(Table):
     save_every: int = key(1000, "steps between checkpoints", least=1)
     keep_last: int = key(2, "checkpoints that are kept, the newest", least=1)
     keep_every: int = key(0, "and those of steps that are a multiple of this (0: none)")
-    sample_every: int = key(1000, "steps between sample grids of an expert (0: none but the last)")
+    sample_every: int = key(
+        1000, "steps between sample grids of an expert or the student (0: the last alone)")
     log_every: int = key(50, "steps between rows of the log", least=1)
 
     # what ends a run

@@ -276,8 +276,9 @@ class Engine:
                 optimizer.step()
             elif not nonfinite:
                 optimizer.step()
-            # DDP's gradients are views of its buckets: without them there would be two copies
-            optimizer.zero_grad(set_to_none=self.wrapped is self.model)
+        # the model's, not the optimisers': one may be given a part of the weights alone. DDP's
+        # gradients are views of its buckets: without them there would be two copies
+        self.model.zero_grad(set_to_none=self.wrapped is self.model)
 
         skipped = nonfinite.float()
         self.nonfinite[0] = (self.nonfinite[0] + 1) * skipped

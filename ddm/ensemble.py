@@ -383,7 +383,7 @@ class Velocity:
             self.labels = number
         elif len(team.paths) == 1:
             self.labels = min(team.paths)
-        elif name in flow.DRAWING and self.u is None:
+        elif name in flow.RANDOM and self.u is None:
             raise ValueError(f"strategy {self.settings.strategy} draws: give it u")
 
     @torch.no_grad()
@@ -441,7 +441,7 @@ class Velocity:
             self.kept = flow.choose(self.strategy, branch.p, self.u[:, 0])
             return self.kept
         # new numbers at each call, the same in both branches
-        u = self.u[:, self.calls] if name in flow.DRAWING else None
+        u = self.u[:, self.calls] if name in flow.RANDOM else None
         return flow.choose(self.strategy, branch.p, u)
 
     def _ask_router(self, branch, x_t, t):

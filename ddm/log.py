@@ -26,7 +26,7 @@ from ddm.engine import dispensable
 from ddm.errors import UserError
 from ddm.files import atomic
 from ddm.pictures import image_grid
-from ddm.process import gather, progress, sum_over_ranks
+from ddm.process import gather, progress
 from model import null_condition
 
 # bins of t in [0,1]
@@ -34,6 +34,9 @@ BINS = 5
 
 # a row is remarkable whose value is so many times the median of the ten rows before
 SPIKES = (("loss", "loss", 1.5), ("norm_max", "grad_norm", 10))
+
+# columns of NAME.skipped.csv
+SKIPPED = ["step", "tar", "sample", "cause"]
 
 # how the log writes a finite number
 NUMBER = re.compile(r"\d+\.\d+")
@@ -93,20 +96,16 @@ class Meter:
         self.norm_max = torch.where(finite, largest, self.norm_max)
 
     def totals(self):
-        """{name: [[sum, count], ...]} over all ranks; a collective."""
-        # the ranks' sums are concatenated, so all need the same order
-        names = sorted(self.kept)
-        if not names:
-            return {}
+        """{name: [[sum, count], ...]} over all ranks; a collective.
 
-        flat = sum_over_ranks(torch.cat([self.kept[name] for name in names])).tolist()
-
+        A name that one rank alone has added is as good as any other.
+        """
         totals = {}
-        for name in names:
-            rows = len(self.kept[name])
-            totals[name] = flat[:rows]
-            flat = flat[rows:]
-        return totals
+        own = {name: sums.cpu() for name, sums in self.kept.items()}
+        for of_rank in gather(own):
+            for name, sums in of_rank.items():
+                totals[name] = totals.get(name, 0) + sums
+        return {name: totals[name].tolist() for name in sorted(totals)}
 
     def means(self):
         """{column: mean over all ranks, nan where nothing was added}, and begins anew."""
@@ -126,14 +125,12 @@ class Meter:
         """What a checkpoint keeps, JSON; a collective."""
         return {"totals": self.totals(), "norm_max": float(self.norm_max)}
 
-    def load(self, state, rank):
-        """Takes up `state`: on rank 0, since it has been summed over the ranks; the others have the
-        same names, with nothing in them.
-        """
+    def load(self, state):
+        """Takes up `state`: on rank 0, since it has been summed over the ranks."""
         self.norm_max.fill_(state["norm_max"])
-        for name, rows in state["totals"].items():
-            sums = torch.tensor(rows, dtype=torch.float64, device=self.device)
-            self.kept[name] = sums if rank == 0 else torch.zeros_like(sums)
+        if self.rank == 0:
+            for name, rows in state["totals"].items():
+                self.kept[name] = torch.tensor(rows, dtype=torch.float64, device=self.device)
 
 
 class Table:
@@ -262,7 +259,7 @@ class Log:
         self.seconds = state["seconds"]
         self.device_seconds = state["device_seconds"]
         self.bad = state["bad"]
-        self.meter.load(state["meter"], self.ranks.rank)
+        self.meter.load(state["meter"])
 
         # all of them: rank 0 writes the rows
         if self.ranks.rank == 0:
@@ -272,7 +269,7 @@ class Log:
         """All rows of the file so far, dicts of text, on rank 0; [] elsewhere."""
         if self.bar is None:
             return []
-        # nobody's log is worth more than what it is read for
+        # what asks for them is about to end the training: a lost or torn log is no reason not to
         try:
             return [row for row in self.table.read() if (row["step"] or "").isdigit()]
         except OSError:
@@ -286,8 +283,7 @@ class Log:
         self.table = Table(f"{self.path}.csv", ["step"], resumed, last=step)
         # the checkpoint has those that no row of the log has counted
         last = min((row[0] - 1 for row in self.skipped), default=step)
-        columns = ["step", "tar", "sample", "cause"]
-        self.skipped_table = Table(f"{self.path}.skipped.csv", columns, resumed, last=last)
+        self.skipped_table = Table(f"{self.path}.skipped.csv", SKIPPED, resumed, last=last)
 
         bar = progress(desc=self.engine.name, total=self.engine.train.steps, initial=step)
         self.bar = self.open.enter_context(bar)
@@ -367,8 +363,7 @@ class Log:
         self.skipped = []
         self.bad += len(rows)
         if rows and self.bar is not None:
-            columns = ("step", "tar", "sample", "cause")
-            self.skipped_table.add([dict(zip(columns, row, strict=True)) for row in rows])
+            self.skipped_table.add([dict(zip(SKIPPED, row, strict=True)) for row in rows])
 
         read = images + self.bad
         # a handful in a short training is no reason to stop
@@ -468,7 +463,7 @@ def save_samples(engine, config, data, space, folder, side=4, solver_steps=25):
 
     path = os.path.join(folder, f"{engine.name}-{engine.step:08d}.png")
     with dispensable("the samples"):
-        images = space.pictures(x).cpu().numpy()
+        images = space.images(x).cpu().numpy()
         with atomic(path) as temporary:
             image_grid(images.reshape(side, side, *images.shape[1:])).save(temporary, "PNG")
 

@@ -158,7 +158,7 @@ class MMDiT(DiT):
         side = self.config.size // self.config.patch
         self.positions = rotary_2d(self.config.dim // self.config.heads, side).to(device)
 
-    def trunk(self, x_t, t, c):
+    def features(self, x_t, t, c):
         """-> [B,N,D]: the image's tokens after the blocks, normalised."""
         x, emb = self.embed(x_t, t, c)                                      # [B,N,D], [B,D]
         if self.config.condition == "text":

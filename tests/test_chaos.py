@@ -383,3 +383,21 @@ def test_one_more_number_is_one_column_more_also_after_a_resume(tmp_path):
     assert first["loss"] == second["loss"] == "2.000000"
     assert (first["weight_norm"], second["weight_norm"]) == ("", "2.00000")
     assert (second["loss_t0"], second["loss_t1"], second["loss_t4"]) == ("2.00000", "", "5.00000")
+
+
+def test_a_number_of_one_rank_alone_is_logged_and_resumed(monkeypatch):
+    """Sums are matched by name: a script may log what only some ranks have, and no longer."""
+    cpu = torch.device("cpu")
+    meter = logs.Meter(cpu)
+    meter.add("loss", torch.tensor([1.0, 3.0]))
+    meter.commit(torch.tensor(0.5))
+    other = {"loss": torch.tensor([[8.0, 2.0]]), "extra": torch.tensor([[3.0, 1.0]])}
+    monkeypatch.setattr(logs, "gather", lambda own: [own, other])
+    state = meter.state()
+    assert state["totals"]["loss"] == [[12.0, 4.0]] and state["totals"]["extra"] == [[3.0, 1.0]]
+
+    monkeypatch.undo()
+    for rank, mean in ((0, 3.0), (1, None)):
+        resumed = logs.Meter(cpu, rank)
+        resumed.load(state)
+        assert resumed.means().get("loss") == mean

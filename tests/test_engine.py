@@ -288,6 +288,13 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_any_optimiser(tmp_path, nam
         assert torch.equal(p, training.weights()[k])
 
 
+def test_weights_that_no_optimiser_has_keep_no_gradient(tmp_path):
+    """Else it would grow from step to step, and with it the norm by which all are clipped."""
+    training = made(tmp_path, lambda model: torch.optim.SGD(model.head.parameters(), 0.01))
+    training.step()
+    assert all(p.grad is None for p in training.engine.model.parameters())
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimiser_resumes_with_the_same_bits(tmp_path, name):
     training = made(tmp_path, OPTIMIZERS[name])
@@ -315,7 +322,7 @@ class Stub:
         numbers = {"u": 0.0, "drop": 0.0, "k": 0, "bad": []}
         return {"c": torch.tensor(3), "x": torch.zeros(3, 8, 8), **numbers}
 
-    def pictures(self, x):
+    def images(self, x):
         return torch.zeros(len(x), self.size, self.size, 3, dtype=torch.uint8)
 
 
@@ -356,7 +363,7 @@ def test_memory_that_samples_lack_is_a_warning_and_changes_no_weight(
     if where == "the model":
         monkeypatch.setattr("flow.predict_velocity", raising(error))
     elif where == "decoding":
-        monkeypatch.setattr(Stub, "pictures", raising(error))
+        monkeypatch.setattr(Stub, "images", raising(error))
     else:
         monkeypatch.setattr(Stub, "__getitem__", raising(error))
 

@@ -299,7 +299,7 @@ def test_a_router_s_head_is_fp32_whatever_the_rest_is(tmp_path):
 
     def exact(router):
         """p by a head in float64 on the same features."""
-        tokens = router.trunk(x.to(router.cls_token.dtype), t, c, router.cls_token)
+        tokens = router.features(x.to(router.cls_token.dtype), t, c, router.cls_token)
         features = tokens[:, 0].double()
         logits = features @ model.head.weight.double().T + model.head.bias.double()
         return logits.softmax(1).float()

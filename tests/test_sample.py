@@ -69,7 +69,7 @@ def spread(run, sharpness=2.0):
         for block in router.blocks:
             block.adaLN[1].weight.normal_(std=0.2)
             block.cross.proj.weight.normal_(std=0.2)
-        features = router.trunk(x, t, c, router.cls_token)[:, 0]
+        features = router.features(x, t, c, router.cls_token)[:, 0]
         head = torch.randn(3, features.shape[1])
         head *= sharpness / (features @ head.T).std(0)[:, None]
         router.head.weight.copy_(head)
