@@ -27,13 +27,14 @@ import numpy as np
 import torch
 
 import flow
-from ddm import artifacts, plan
+from ddm import plan
 from ddm.checkpoint import Checkpoints, check_finite, identity_of, training
-from ddm.config import differences, load_run, make_training_parser, model_config, parse
+from ddm.config import load_run, make_training_parser, model_config, parse
 from ddm.encoders import resolve
 from ddm.engine import Engine, learning_rate
 from ddm.ensemble import Ensemble
 from ddm.errors import UserError, script
+from ddm.initial import RANDOM, read_initial
 from ddm.loading import Batches, describe, encode, open_shards, planned_space
 from ddm.log import Log, save_samples
 from ddm.process import Stop, broadcast, on_rank_0, start, watchdog
@@ -210,30 +211,6 @@ def keep_teachers(teachers, resident, shape, train, ranks, frozen):
     return sum(sorted(sizes)[-(teachers.resident or len(sizes)):])
 
 
-def initial_weights(run_dir, shard, config):
-    """-> (weights, info) of the expert (or "all") that the student begins with.
-
-    UserError if it is another model than `config`, or does not predict velocity.
-    """
-    path = os.path.join(run_dir, "experts", f"{shard}.safetensors")
-    if not os.path.exists(path):
-        raise UserError(f"--init {shard}: there is no {path}; give the number of an expert that is "
-                        f"there, or all for the monolith")
-    try:
-        network, info = artifacts.load(path)
-    except ValueError as error:
-        raise UserError(f"--init {shard}: {error}") from None
-
-    if (info["objective"], info["path"]) != ("velocity", "linear"):
-        raise UserError(f"--init {shard}: {path} predicts {info['objective']} on the "
-                        f"{info['path']} path, the student velocity on the linear one")
-
-    if network.config != config:
-        raise UserError(f"--init {shard}: {path} is another model than the student is to be "
-                        f"({differences(vars(network.config), vars(config))}): see --model.*")
-    return network.state_dict(), info
-
-
 def teacher_flops(teachers, parts):
     """FLOPs of the teacher's forward of an image, the mean over the data."""
     # clusters come in the data's proportions
@@ -261,21 +238,22 @@ def open_and_train(args, config, train):
 
     shape = model_config(config, "model", space)
     info = describe(config, space, clusters)
-    info |= {"objective": "velocity", "path": "linear", "shard": "student", "init": args.init}
+    info |= {"objective": "velocity", "path": "linear", "shard": "student"}
     teachers = open_teachers(args, config, shape, info, ranks)
 
-    # weights that it may begin with; what they have cost counts as its own
-    initial = None
-    begun = {"flops": 0}
+    # weights that it may begin with
+    initial = RANDOM
     if args.init:
-        initial, begun = initial_weights(args.run_dir, args.init, shape)
-    info["init_flops"] = begun["flops"]
+        path = os.path.join(args.run_dir, "experts", f"{args.init}.safetensors")
+        initial = read_initial(path, shape, space, "velocity", "linear")
+        initial.shard = args.init
+    info |= initial.about()
     frozen = space.weight_bytes()
     beside = frozen + keep_teachers(teachers, args.resident, shape, train, ranks, frozen)
 
     # with teachers that have trained further it would be another training
     trained = [f"{k}:{about['step']}" for k, about in teachers.infos.items()]
-    identity = identity_of(config, train, shape, space, shard="student", init=args.init,
+    identity = identity_of(config, train, shape, space, shard="student", init=initial.sha256,
                            clustering=clusters["fingerprint"], images=len(data),
                            micro_batch=train.micro_batch, teachers=" ".join(trained))
     checkpoints = Checkpoints(args.run_dir, "student", train, ranks, identity)

@@ -5,14 +5,21 @@
     python train_expert.py --run-dir runs/demo --shard all                       # the monolith
     python train_expert.py --run-dir runs/demo --shard 3 --plan                  # trains nothing
 
+    # with train.seed_steps = N: first the model that experts and monolith begin with
+    python train_expert.py --run-dir runs/demo --shard seed
+    # or begin with the weights of any model file of the same shape
+    python train_expert.py --run-dir runs/demo --shard 3 --init other.safetensors
+
 No node needs to know of another. Run again, it resumes from its newest checkpoint.
 
 reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K/*.tar, or RUN/latents/K/*.tar if
-        cache_latents.py has made them (for all: every cluster's); the pretrained networks that the
-        config names: the autoencoder, if only to write RUN/samples, and the text encoder unless its
-        work is cached
-writes  RUN/experts/K.safetensors (EMA weights), RUN/checkpoints/expert-K/, RUN/logs/expert-K.csv,
-        RUN/samples/expert-K-STEP.png; with --profile RUN/logs/expert-K.trace.json
+        cache_latents.py has made them (for all: every cluster's; for seed: the router's); with
+        train.seed_steps RUN/experts/seed.safetensors; the pretrained networks that the config
+        names: the autoencoder, if only to write RUN/samples, and the text encoder unless its work
+        is cached
+writes  RUN/experts/K.safetensors (EMA weights; of the seed also the raw ones),
+        RUN/checkpoints/expert-K/, RUN/logs/expert-K.csv, RUN/samples/expert-K-STEP.png; with
+        --profile RUN/logs/expert-K.trace.json
 """
 import os
 
@@ -21,9 +28,10 @@ import torch
 import flow
 from ddm import plan
 from ddm.checkpoint import Checkpoints, check_finite, identity_of, training
-from ddm.config import load_run, make_training_parser, model_config, parse
+from ddm.config import check_seed, load_run, make_training_parser, model_config, parse
 from ddm.engine import Engine, learning_rate
 from ddm.errors import UserError, script
+from ddm.initial import RANDOM, read_initial, read_seed
 from ddm.loading import Batches, describe, encode, open_shards, planned_space
 from ddm.log import Log, save_samples
 from ddm.process import Stop, on_rank_0, start, watchdog
@@ -34,24 +42,43 @@ from model import drop_condition
 def parser():
     parser = make_training_parser(__doc__)
     parser.add_argument("--shard", required=True, metavar="K",
-                        help="the cluster to train on: 0, 1, ..., or all for the monolith")
+                        help="the cluster to train on: 0, 1, ...; all: the monolith; seed: what "
+                        "they begin with")
+    parser.add_argument("--init", default="", metavar="FILE",
+                        help="begin with the weights of this model file (default: random ones, or "
+                        "those of the run's seed)")
     return parser
 
 
 def main():
     args, given = parse(parser())
     config = load_run(args.run_dir, given, path=args.plan)
+    check_seed(config.train)
+    settings = settings_of(config, args.shard)
     batch = expert_batch(config, args.shard)
+    first_step = begin_at(args, config)
     name = f"expert-{args.shard}"
     if args.plan is not None:
         shape = model_config(config, "model", planned_space(args, config))
-        plan.report(name, shape, config.train, batch, config)
+        plan.report(name, shape, settings, batch, config, first_step=first_step)
         return
 
     # before the lock: a wrong number is an error of this call, not of the training
     shards = choose_shards(args, config)
     with owned(args.run_dir, name):
-        open_and_train(args, config, name, shards, batch)
+        open_and_train(args, config, settings, name=name, shards=shards, batch=batch)
+
+
+def settings_of(config, shard):
+    """[train] as this shard trains: the seed its own steps, at a constant learning rate."""
+    train = config.train
+    if shard != "seed":
+        return train
+    if not train.seed_steps:
+        raise UserError("--shard seed: train.seed_steps is 0, so experts begin with random "
+                        "weights: give it --train.seed_steps N, and the experts, too")
+    # others go on from its weights, so these are not rounded
+    return train.model_copy(update={"steps": train.seed_steps, "decay": 0, "export": "fp32"})
 
 
 def expert_batch(config, shard):
@@ -60,11 +87,26 @@ def expert_batch(config, shard):
     if config.train.batch % experts:
         raise UserError(f"train.batch = {config.train.batch} is the whole ensemble's and must be "
                         f"a multiple of its {experts} experts")
-    return config.train.batch if shard == "all" else config.train.batch // experts
+    return config.train.batch if shard in ("all", "seed") else config.train.batch // experts
+
+
+def begin_at(args, config):
+    """The step of the schedule at which training begins: the seed has made those before."""
+    seed_steps = config.train.seed_steps
+    if args.shard == "seed":
+        return 0
+    if seed_steps and args.init:
+        raise UserError(f"--init {args.init}: with train.seed_steps = {seed_steps} experts begin "
+                        f"with the run's seed: give --init to --shard seed, or leave it out, or "
+                        f"give --train.seed_steps 0")
+    return seed_steps
 
 
 def choose_shards(args, config):
     """The shards to train on: one, or for the monolith all. UserError if they are not here."""
+    # the router's uniform subset, so that no node needs all of the data
+    if args.shard == "seed":
+        return ["router"]
     existing = find_shards(args.run_dir)
     here = f"{args.run_dir}/shards"
     if args.shard == "all":
@@ -78,9 +120,18 @@ def choose_shards(args, config):
     return [args.shard]
 
 
-def open_and_train(args, config, name, shards, batch):
+def choose_initial(args, config, shape, space):
+    """What the weights begin with -> Initial."""
+    of_run = (shape, space, config.flow.objective, config.flow.path)
+    if args.init:
+        return read_initial(args.init, *of_run)
+    if args.shard != "seed" and config.train.seed_steps:
+        return read_seed(args.run_dir, config.train.seed_steps, *of_run)
+    return RANDOM
+
+
+def open_and_train(args, config, train, *, name, shards, batch):
     """Opens data, model, optimiser and checkpoints; trains; exports the EMA weights."""
-    train = config.train
     clusters = read_clusters(args.run_dir)
     ranks = start(args.device, collective_timeout(train))
     data, space = open_shards(args.run_dir, shards, config, train, ranks, clusters,
@@ -90,12 +141,14 @@ def open_and_train(args, config, name, shards, batch):
         on_rank_0(lambda: space.network("autoencoder"))
 
     shape = model_config(config, "model", space)
+    initial = choose_initial(args, config, shape, space)
     # what a resume may not change; more steps, or another number of ranks, are no change
     identity = identity_of(config, train, shape, space, shard=args.shard, images=len(data),
-                           clustering=clusters["fingerprint"])
+                           clustering=clusters["fingerprint"], init=initial.sha256,
+                           first_step=initial.step)
     checkpoints = Checkpoints(args.run_dir, name, train, ranks, identity)
-    engine = Engine(name, shape, train, ranks, batch=batch, resumed=checkpoints.resumed,
-                    beside=space.weight_bytes())
+    engine = Engine(name, shape, train, ranks, batch=batch, initial=initial,
+                    resumed=checkpoints.resumed, beside=space.weight_bytes())
 
     # fused: it can skip a step on the device, where nobody waits for it
     optimizer = torch.optim.AdamW(engine.model.parameters(), train.lr,
@@ -111,6 +164,9 @@ def open_and_train(args, config, name, shards, batch):
     info = describe(config, space, clusters)
     # how a sampler gets a velocity from its answers
     info |= {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
+    info |= initial.about()
+    # the seed's raw weights, too: experts go on from these
+    info["raw"] = args.shard == "seed"
     training_loop(engine, batches, config=config, space=space, optimizer=optimizer,
                   checkpoints=checkpoints, log=log, path=path, info=info)
 
@@ -131,7 +187,7 @@ def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log
             watchdog(train.timeout)
             # all ranks learn of a signal before the step, so that all do the same
             stopping = batches.stop.requested()
-            lr = learning_rate(train, engine.step)
+            lr = learning_rate(train, engine.step, engine.first_step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 

@@ -20,6 +20,8 @@ from ddm.mmdit import MMDiT
 from model import DiT, ModelConfig, Router
 
 KEY = "nanoddm"
+# before the names of weights that are not EMA weights, in a file that has both
+RAW = "raw."
 
 
 def write_tensors(path, tensors, description):
@@ -59,13 +61,18 @@ def build(config):
     return DiT(config)
 
 
-def save(path, config, state, dtype=torch.float32, /, **info):
+def save(path, config, state, dtype=torch.float32, raw=None, /, **info):
     """Writes a model that `load` rebuilds.
 
-    state: its weights {name: tensor}, which are written as dtype. info: what else the file is to
-    say, whatever JSON can hold. OSError where the file system refuses.
+    state: its weights {name: tensor}, which are written as dtype. raw: those of the same training
+    before they are averaged, for load_raw; a seed has them. info: what else the file is to say,
+    whatever JSON can hold. OSError where the file system refuses.
     """
     weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
+    if raw:
+        info["raw"] = True
+        for name, tensor in raw.items():
+            weights[RAW + name] = tensor.detach().to("cpu", dtype)
     write_tensors(path, weights, {"model": asdict(config), **info})
 
 
@@ -96,6 +103,8 @@ def _read_info(path):
         model = build(ModelConfig(**info["model"]))
 
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    if info.get("raw"):
+        wanted |= {RAW + name: shape for name, shape in wanted.items()}
     # missing, superfluous and of another shape alike
     differ = [name for name in found | wanted if found.get(name) != wanted.get(name)]
     if differ:
@@ -118,7 +127,7 @@ def load(path, device="cpu", dtype=torch.float32):
     weights = {}
     with safe_open(path, framework="pt", device=str(device)) as f:
         # one by one: never twice on the device
-        for name in f.keys():
+        for name in model.state_dict():
             weight = f.get_tensor(name).to(torch.float32 if name in exact else dtype)
             if not weight.isfinite().all():
                 raise ValueError(f"{path} is damaged, its weights {name} are not finite: copy it "
@@ -130,3 +139,13 @@ def load(path, device="cpu", dtype=torch.float32):
     # the config gives them, so no file has them
     model.reset_positions(device, dtype)
     return model.eval(), info
+
+
+def load_raw(path):
+    """The raw weights {name: tensor} of a model's file that has them, as a seed's; else {}."""
+    weights = {}
+    with safe_open(path, framework="pt") as f:
+        for name in f.keys():
+            if name.startswith(RAW):
+                weights[name.removeprefix(RAW)] = f.get_tensor(name)
+    return weights

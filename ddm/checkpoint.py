@@ -312,15 +312,17 @@ class Checkpoints:
 
     # -- export --
 
-    def export(self, path, engine, /, last=False, **info):
+    def export(self, path, engine, /, last=False, raw=False, **info):
         """Writes the EMA weights as a model file, with `info` as its metadata. All ranks call it.
 
         last: now a file that cannot be written is a UserError, and one that can finishes the
-        training.
+        training. raw: the weights themselves as well, for a training that goes on from there.
         """
-        images = engine.step * engine.batch
-        # a collective: sharded weights are gathered
-        weights = engine.ema_weights()
+        # collectives: sharded weights are gathered
+        weights = engine.whole(engine.ema)
+        raw_weights = {}
+        if raw:
+            raw_weights = engine.whole(dict(engine.model.named_parameters()))
         reasons = []
         if self.ranks.rank == 0:
             dtype = torch.bfloat16 if self.train.export == "bf16" else torch.float32
@@ -328,8 +330,9 @@ class Checkpoints:
                 # of a run that was killed here
                 for torn in glob.glob(f"{glob.escape(path)}.*.tmp"):
                     os.remove(torn)
-                artifacts.save(path, engine.config, weights, dtype, step=engine.step,
-                               images=images, flops=engine.image_flops * images, **info)
+                artifacts.save(path, engine.config, weights, dtype, raw_weights,
+                               step=engine.step, images=engine.images,
+                               flops=engine.image_flops * engine.images, **info)
         self.exported = not any(gather(reasons))
 
         if last and not self.exported:
@@ -446,8 +449,12 @@ def announce(engine, checkpoints, images):
     share = engine.batch // engine.ranks.world
     micro = min(engine.train.micro_batch or share, share)
     millions = sum(p.numel() for p in engine.model.parameters()) / 1e6
-    epochs = engine.train.steps * engine.batch / images
-    begins = f"resumed at step {engine.step}" if checkpoints.resumed else "from the beginning"
+    epochs = (engine.train.steps - engine.first_step) * engine.batch / images
+    begins = "from the beginning"
+    if checkpoints.resumed:
+        begins = f"resumed at step {engine.step}"
+    elif engine.first_step:
+        begins = f"from the seed's step {engine.first_step}"
     print(f"{engine.name}: {millions:.2f}M parameters, {images} images, "
           f"batch {engine.batch} = {engine.ranks.world} ranks x {share} in micro-batches of "
           f"{micro}, {engine.train.steps} steps = {epochs:.1f} epochs; {begins}", flush=True)

@@ -158,6 +158,9 @@ class Train(Table):
     batch: int = key(
         256, "images a step of the whole ensemble: an expert takes batch / experts, "
         "the monolith and the router batch", least=1)
+    seed_steps: int = key(
+        0, "the first steps, made by one seed (--shard seed) on the router's images, from which "
+        "experts and monolith go on (0: each begins with random weights)")
     micro_batch: int = key(0, "images a forward pass on each rank (0: all of the rank's at once)")
 
     # the optimiser
@@ -204,11 +207,13 @@ class Train(Table):
 class TrainRouter(Train):
     """What differs from [train] when the router trains: any of its keys. These always differ."""
     steps: int = key(0, "optimiser steps (0: as many as cost 4% of the training FLOPs)")
+    seed_steps: int = key(0, "the router begins with random weights", most=0)
 
 
 class TrainStudent(Train):
     """What differs from [train] when the student trains: any of its keys. These always differ."""
     batch: int = key(0, "images a step (0: a quarter of [train]'s, as in the paper)")
+    seed_steps: int = key(0, "what a student begins with is distill.py --init's to say", most=0)
     micro_batch: int = key(0, "images a forward pass, all of one cluster (0: batch / experts)")
 
 
@@ -370,7 +375,8 @@ def _mistake(name, value, field, kind):
     if kind in ("greater_than_equal", "finite_number"):
         return f"{said} must be a number of at least {least}"
     if kind == "less_than_equal":
-        return f"{said} is a share, which is at most {most}"
+        is_a = "is a share, which is" if most == 1 else "must be"
+        return f"{said} {is_a} at most {most}"
     return f"{said} is not {KINDS[field.annotation]}"
 
 
@@ -672,6 +678,13 @@ def check_sample(sample):
     check_strategy(sample.strategy)
 
 
+def check_seed(train):
+    """UserError if the seed leaves the experts no step."""
+    if train.seed_steps >= train.steps:
+        raise UserError(f"train.seed_steps = {train.seed_steps} must be less than train.steps = "
+                        f"{train.steps}: the experts make the steps between")
+
+
 def check_config(config, space):
     """UserError for what a later stage would refuse: found out before the work, not after days."""
     experts = config.cluster.experts
@@ -680,6 +693,7 @@ def check_config(config, space):
         raise UserError(f"train.batch = {train.batch} is the whole ensemble's and must be a "
                         f"multiple of cluster.experts = {experts}, which share it")
 
+    check_seed(train)
     # what cannot be built is refused with it
     model_config(config, "model", space)
     model_config(config, "router", space, clusters=experts)

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import (
 from ddm import artifacts, plan
 from ddm.encoders import resolve
 from ddm.errors import UserError
+from ddm.initial import RANDOM
 
 # torch 2.13 warns of broadcast_buffers, whose successor 2.12 lacks
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -129,14 +130,13 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def learning_rate(train, step):
-    """lr of step 0..steps-1: linear warm-up, constant, linear decay over the last `decay` steps.
-
-    Over all steps, if there are fewer.
+def learning_rate(train, step, first_step=0):
+    """lr of step first_step..steps-1: linear warm-up from the first one on, constant, linear decay
+    over the last `decay` steps, or over all steps if there are fewer.
     """
     up = 1.0
     if train.warmup:
-        up = min(1.0, (step + 1) / train.warmup)
+        up = min(1.0, (step - first_step + 1) / train.warmup)
     down = 1.0
     if train.decay:
         down = min(1.0, (train.steps - step) / min(train.decay, train.steps))
@@ -146,12 +146,13 @@ def learning_rate(train, step):
 class Engine:
     """Weights and EMA weights of one training, and how they are spread over the ranks.
 
-    name: for messages. batch: images a step, of all ranks. initial: weights {name: tensor} to begin
-    with, in place of random ones; resumed: a checkpoint will be loaded, so none are made. beside:
-    bytes of each GPU's memory that others need. UserError if the batch cannot be shared.
+    name: for messages. batch: images a step, of all ranks. initial: what to begin with
+    (ddm/initial.py), by default random weights at step 0; resumed: a checkpoint will be loaded, so
+    no weights are made. beside: bytes of each GPU's memory that others need. UserError if the batch
+    cannot be shared.
     """
 
-    def __init__(self, name, model_config, train, ranks, *, batch, initial=None, resumed=False,
+    def __init__(self, name, model_config, train, ranks, *, batch, initial=RANDOM, resumed=False,
                  beside=0):
         if batch % ranks.world:
             raise UserError(f"a batch of {batch} cannot be shared by {ranks.world} ranks: "
@@ -161,7 +162,9 @@ class Engine:
         self.train = train
         self.ranks = ranks
         self.batch = batch
-        self.step = 0
+        # of the schedule, in which a seed may have made the steps before
+        self.first_step = initial.step
+        self.step = initial.step
 
         self.bf16 = resolve(train.precision, ranks.device) == "bf16"
         self.sharded, self.choice = plan.choose_parallel(model_config, train, ranks,
@@ -196,9 +199,11 @@ class Engine:
         self.model.to_empty(device=self.ranks.device).reset_positions(self.ranks.device)
         # which a checkpoint would overwrite
         if not resumed:
-            self._fill(initial or {})
-        # equal to the weights at first; a resume loads both
+            self._fill(initial.ema or initial.weights)
+        # equal to the weights at first, but for a seed's; a resume loads both
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        if initial.ema and not resumed:
+            self._fill(initial.weights)
 
         self.wrapped = self.model
         if self.ranks.world > 1 and not self.sharded:
@@ -223,15 +228,23 @@ class Engine:
         for module in (*self.model.blocks, self.model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
-    def _fill(self, initial):
-        """The same initial weights on all ranks, from train.seed, with those of `initial` over."""
-        weights = {}
-        if not self.sharded or self.ranks.rank == 0:
+    def _fill(self, weights):
+        """The same initial weights on all ranks: these, or if there are none random ones, from
+        train.seed.
+        """
+        if self.sharded and self.ranks.rank:
+            weights = {}
+        elif not weights:
             # on the host, whose random numbers are the same beside any device
             torch.manual_seed(self.train.seed)
-            weights = artifacts.build(self.config).state_dict() | initial
+            weights = artifacts.build(self.config).state_dict()
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.sharded)
         set_model_state_dict(self.model, weights, options=options)
+
+    @property
+    def images(self):
+        """How many this training has seen; those of a seed before it are the seed's."""
+        return (self.step - self.first_step) * self.batch
 
     def is_due(self, every):
         """Whether something is due after this step that is so each `every` steps (0: never), and
@@ -313,13 +326,14 @@ class Engine:
             e ^= p
             p ^= e
 
-    def ema_weights(self):
-        """The EMA weights whole {name: tensor}, on rank 0's host; {} elsewhere. All ranks call it:
-        sharded ones are gathered one by one.
+    def whole(self, weights):
+        """Weights {name: tensor}, such as `ema`, whole on rank 0's host; {} elsewhere. All ranks
+        call it: sharded ones are gathered one by one.
         """
-        weights = {}
-        for name, e in self.ema.items():
-            whole = e.full_tensor() if isinstance(e, DTensor) else e
+        gathered = {}
+        for name, weight in weights.items():
+            weight = weight.detach()
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             if self.ranks.rank == 0:
-                weights[name] = whole.cpu()
-        return weights
+                gathered[name] = whole.cpu()
+        return gathered

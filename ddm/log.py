@@ -316,7 +316,7 @@ class Log:
         for before that.
         """
         step = self.engine.step
-        images = step * self.engine.batch
+        images = self.engine.images
         now = time.monotonic()
         seconds = now - self.since
         self.seconds += seconds

@@ -480,6 +480,7 @@ class Plan:
     name: str               # expert-3, router, student
     config: ModelConfig
     train: Train            # of the run's config
+    steps: int              # those of its own
     batch: int              # images of a step, on all GPUs
     world: int              # GPUs
     gpu: str                # their kind, of DEVICES
@@ -504,11 +505,12 @@ class Plan:
         self.teacher_bytes = 2 * self.need.parameters
 
 
-def report(name, config, train, batch, run_config, teachers=0, resident=-1):
+def report(name, config, train, batch, run_config, *, first_step=0, teachers=0, resident=-1):
     """Prints the plan of one training (rank 0), of the model of a ModelConfig.
 
-    teachers: models of its size that it learns from, of which `resident` stay on each GPU (0: all,
-    -1: as many as fit). UserError if the GPUs cannot share the batch.
+    first_step: at which it begins, after a seed. teachers: models of its size that it learns from,
+    of which `resident` stay on each GPU (0: all, -1: as many as fit). UserError if the GPUs cannot
+    share the batch.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -524,8 +526,8 @@ def report(name, config, train, batch, run_config, teachers=0, resident=-1):
     bf16 = train.precision != "fp32"
     networks = frozen(run_config, bf16)
     need = Memory(config, bf16, networks.weights, networks.work)
-    plan = Plan(name, config, train, batch=batch, world=world, gpu=settings.gpu, mfu=settings.mfu,
-                networks=networks, need=need, teachers=teachers)
+    plan = Plan(name, config, train, steps=train.steps - first_step, batch=batch, world=world,
+                gpu=settings.gpu, mfu=settings.mfu, networks=networks, need=need, teachers=teachers)
     if teachers:
         add_teachers(plan, resident)
 
@@ -556,11 +558,14 @@ def print_size(plan):
           f"an image is {image} tokens + {text} of text, {plan.image_flops / 1e12:.4g} TFLOPs to "
           f"train on ({flops(plan.config) / 1e12:.4g} forward)")
 
-    steps = plan.train.steps
-    images = steps * plan.batch
+    images = plan.steps * plan.batch
+    if plan.steps < plan.train.steps:
+        print(f"it goes on from the run's seed, which makes the first "
+              f"{plan.train.steps - plan.steps:,} of {plan.train.steps:,} steps elsewhere: "
+              f"--shard seed --plan")
     print(f"batch {plan.batch} = {plan.world} x {plan.gpu} x {plan.share}; "
-          f"{steps:,} steps = {images / 1e6:.4g}M images = {images * (image + text) / 1e9:.4g}G "
-          f"tokens = {images * plan.image_flops:.3g} FLOPs")
+          f"{plan.steps:,} steps = {images / 1e6:.4g}M images = "
+          f"{images * (image + text) / 1e9:.4g}G tokens = {images * plan.image_flops:.3g} FLOPs")
 
 
 def print_memory(plan):
@@ -620,7 +625,7 @@ def memory_row(plan, sharded, mode):
 def print_time(plan):
     """Of a step, of all of them, and of writing checkpoints."""
     step = plan.step_seconds
-    steps = plan.train.steps
+    steps = plan.steps
     precision = "bf16" if plan.bf16 else "TF32"
     print(f"time: {step:.3g} s a step, {plan.batch / step:.4g} images/s, {days(step * steps)} for "
           f"{steps:,} steps at {plan.mfu:.0%} MFU of {plan.peak / 1e12:.0f} TFLOP/s ({precision}) "
@@ -641,7 +646,7 @@ def print_given_step(plan, seconds):
     """What a step time from elsewhere implies."""
     able = plan.world * plan.peak * seconds
     print(f"a step of {seconds:g} s on {plan.world} x {plan.gpu}: "
-          f"{days(seconds * plan.train.steps)}; a batch of {plan.batch} in that time is an MFU of "
+          f"{days(seconds * plan.steps)}; a batch of {plan.batch} in that time is an MFU of "
           f"{plan.step_flops / able:.1%}; at {plan.mfu:.0%} MFU it is a batch of "
           f"{plan.mfu * able / plan.image_flops:.0f}")
 

@@ -92,12 +92,14 @@ def ledger(run_dir, experts):
     """What training each model of a run of so many experts has cost.
 
     -> ({name: {steps, images, flops, device_hours}}, comparisons in words). FLOPs are analytic (a
-    multiply-add is two; frozen networks left out), a student's with its teachers' forwards and
-    those of the weights that it began with. The ensemble is the sum of its experts and its router;
-    without all of them there is none.
+    multiply-add is two; frozen networks left out), a student's with its teachers' forwards. What a
+    model began with, a seed or the weights of another one, is part of what it cost; init_images and
+    init_flops say how much. The ensemble is the sum of its experts and its router, what they began
+    with counted once; without all of them there is none.
     """
     expert_names = [f"expert {k}" for k in range(experts)]
     entries = {}
+    _enter(entries, "seed", run_dir, "experts/seed.safetensors", log="expert-seed")
     for k, name in enumerate(expert_names):
         _enter(entries, name, run_dir, f"experts/{k}.safetensors", log=f"expert-{k}")
     _enter(entries, "router", run_dir, "router.safetensors", log="router")
@@ -112,7 +114,7 @@ def ledger(run_dir, experts):
     if any(name not in entries for name in parts):
         return entries, []
 
-    entries["ensemble"] = _total([entries[name] for name in parts])
+    entries["ensemble"] = _total([entries[name] for name in parts], entries)
     return entries, _comparisons(entries, expert_names)
 
 
@@ -124,13 +126,18 @@ def _enter(entries, name, run_dir, path, log):
 
     try:
         info = artifacts.read_info(path)
+        # a router says nothing of it: it begins with random weights
+        init_images = info.get("init_images", 0)
         init_flops = info.get("init_flops", 0)
         entries[name] = {
             "steps": info["step"],
-            "images": info["images"],
+            "images": info["images"] + init_images,
             "flops": info["flops"] + init_flops,
             "init": info.get("init", ""),
+            "init_shard": info.get("init_shard", ""),
+            "init_images": init_images,
             "init_flops": init_flops,
+            # of its own training
             "device_hours": device_hours(os.path.join(run_dir, "logs", f"{log}.csv")),
         }
     except (ValueError, KeyError):
@@ -138,13 +145,27 @@ def _enter(entries, name, run_dir, path, log):
         return
 
 
-def _total(parts):
-    """The sum of some entries; of hours that one of them does not know there is none."""
-    total = {"steps": ""}
-    for key in ("images", "flops", "device_hours"):
-        values = [part[key] for part in parts]
-        total[key] = None if None in values else sum(values)
-    return total
+def _total(parts, entries):
+    """The sum of some entries, with what several of them began with counted once. Of hours that one
+    of them does not know there is none.
+    """
+    # SHA-256 -> the entry of one that began with it
+    begun = {part["init"]: part for part in parts}
+    images = sum(part["images"] - part["init_images"] for part in parts)
+    flops = sum(part["flops"] - part["init_flops"] for part in parts)
+    hours = [part["device_hours"] for part in parts]
+    for part in begun.values():
+        images += part["init_images"]
+        flops += part["init_flops"]
+        if part["init"]:
+            of_run = entries.get(part["init_shard"])
+            hours.append(of_run and of_run["device_hours"])
+    return {
+        "steps": "",
+        "images": images,
+        "flops": flops,
+        "device_hours": None if None in hours else sum(hours),
+    }
 
 
 def _comparisons(entries, expert_names):
@@ -154,7 +175,8 @@ def _comparisons(entries, expert_names):
 
     monolith = entries["monolith"]["flops"]
     ensemble = entries["ensemble"]["flops"]
-    experts = sum(entries[name]["flops"] for name in expert_names)
+    all_experts = [entries[name] for name in expert_names]
+    experts = _total(all_experts, entries)["flops"]
 
     # as multiples of what the monolith's training cost
     of_experts = experts / monolith
@@ -167,8 +189,12 @@ def _comparisons(entries, expert_names):
         lines.append(_compare("the student", student["flops"] / monolith,
                               " (its teachers' forwards included, their training not)"))
 
-        # one that began with the weights of an expert has that one's cost in its own
-        counted_twice = 0 if student["init"] == "all" else student["init_flops"]
+        # one that began with the weights of an expert has that one's cost in its own; and with
+        # the monolith's, the cost of the seed, if there is one
+        counted_twice = student["init_flops"]
+        if student["init_shard"] == "all":
+            shared = entries["monolith"]["init"] in [entry["init"] for entry in all_experts]
+            counted_twice = entries["monolith"]["init_flops"] if shared else 0
         both = student["flops"] - counted_twice + experts
         lines.append(_compare("the student with its teachers", both / monolith, ""))
     return lines
@@ -369,9 +395,16 @@ def ledger_table(entries):
             "steps": entry["steps"],
             "images seen": entry["images"],
             "training FLOPs": f"{entry['flops']:.4g}",
+            "of these before it began": _share_before(entry),
             "device-hours": "" if hours is None else f"{hours:.3g}",
         })
     return f"ledger\n\n{markdown(rows)}"
+
+
+def _share_before(entry):
+    """The cell that says what a model's seed has cost, empty without one."""
+    before = entry.get("init_flops", 0)
+    return f"{before:.4g}" if before else ""
 
 
 # ---- figure 4 of the paper -----------------------------------------------------------------------

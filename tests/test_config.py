@@ -111,8 +111,9 @@ def test_a_config_survives_writing_and_reading(tmp_path):
 
     # of the stages' tables what is set, and what differs unasked
     train = tomllib.loads(path.read_text(encoding="utf-8"))["train"]
-    assert train["router"] == {"steps": 7}
-    assert train["student"] == {"batch": 0, "micro_batch": 0, "lr": 1.0}
+    assert train["router"] == {"steps": 7, "seed_steps": 0}
+    student = {"batch": 0, "micro_batch": 0, "seed_steps": 0, "lr": 1.0}
+    assert train["student"] == student
 
 
 def test_later_layers_go_over_earlier_ones():

@@ -193,8 +193,8 @@ BATCH_OF_9 = ["--train.batch", 9, "--train.micro_batch", 2]
     "flags, says",
     [
         (BATCH_OF_9, ["batch of 9", "2", "--train.micro_batch"]),
-        (["--init", "7"], ["--init 7: there is no", "7.safetensors"]),
-        (["--init", "0"], ["--init 0", "predicts x0"]),
+        (["--init", "7"], ["there is no", "experts/7.safetensors"]),
+        (["--init", "0"], ["0.safetensors", "predicts x0"]),
         (["--data.size", 16], ["the student", "do not fit together", "size 16 / 8"]),
         (["--flow.objective", "eps"], ["--flow.objective", "velocity on the linear path"]),
     ],

@@ -23,6 +23,7 @@ from ddm import artifacts, engine, plan
 from ddm import log as logs
 from ddm.checkpoint import Checkpoints
 from ddm.config import make_config
+from ddm.initial import Initial
 from ddm.log import Log
 
 # columns of the log that no two runs share
@@ -180,7 +181,7 @@ class Made:
             self.train,
             ranks,
             batch=3,
-            initial=model.state_dict(),
+            initial=Initial(model.state_dict()),
             resumed=self.checkpoints.resumed,
         )
         make_optimizer = make_optimizer or self.adamw
