@@ -1,0 +1,227 @@
+#!/usr/bin/env bash
+# Does the ensemble beat the monolith at equal compute, and from which length of training on? One
+# monolith; K experts and a router from random weights, as in the paper; K experts from a seed that
+# has made a share of all steps; the same with random clusters. Each at several lengths and with
+# several seeds, at the learning rate that was the best of three on a short run.
+#
+#     # all of it: a day and a half on 2 cores
+#     bash bench/claim.sh 'CIFAR/0000[0-8].tar' CIFAR/00009.tar runs/claim
+#     # what is to be found out in an hour
+#     LENGTHS="800 3200" SEEDS=0 ARMS="monolith k4 k4-seed50" bash bench/claim.sh ...
+#     # a larger model; everything after the third argument goes to cluster.py over claim.toml
+#     bash bench/claim.sh TRAIN VALIDATION RUNS --data.size 32 --model.dim 128
+#
+# LENGTHS are steps of 128 images. SEEDS: at all lengths; LONG_SEEDS: at lengths over 3200. ARMS:
+# monolith, KIND or KIND-seedP, where KIND is kK or randomK for K clusters and P the seed's share of
+# the steps in percent. SAMPLES a row. JOBS at a time, a CPU core each. Killed at any time and
+# started again, it goes on: trainings resume, what is finished is not done again.
+#
+# reads   TRAIN and VALIDATION, tars of 32-pixel images with classes
+# writes  RUNS/clusters/KIND-SEED, RUNS/seeds/STEPS-SEED and, for each arm, a run folder
+#         RUNS/LENGTH/ARM-SEED with its evaluation; RUNS/lr, the short runs; RUNS/claim.md, figures
+set -euo pipefail
+
+TRAIN=$(realpath -s "$1")
+VALIDATION=$(realpath -s "$2")
+mkdir -p "$3"
+RUNS=$(realpath "$3")
+shift 3
+FLAGS=$*
+
+LENGTHS=${LENGTHS:-800 3200 12800}
+SEEDS=${SEEDS:-0 1 2}
+LONG_SEEDS=${LONG_SEEDS:-0 1}
+ARMS=${ARMS:-monolith k4 k4-seed10 k4-seed25 k4-seed50 k4-seed75 random4 random4-seed50 k8 k8-seed50}
+LRS=${LRS:-1e-3 2e-3 4e-3}
+SAMPLES=${SAMPLES:-2500}
+JOBS=${JOBS:-2}
+# of the choice of learning rates
+SHORT=${LENGTHS%% *}
+FIRST=${SEEDS%% *}
+
+cd "$(dirname "$0")/.."
+if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
+
+# ---- the parts, each done once ----
+
+# KIND of an ARM: k4-seed50 -> k4. Any clustering will do for the monolith.
+kind() {
+    local kind=${1%-seed*}
+    if [ "$kind" = monolith ]; then kind=k4; fi
+    echo "$kind"
+}
+
+# The percentage that an ARM's seed has of the steps: k4-seed50 -> 50, k4 -> 0.
+share() {
+    case $1 in
+        *-seed*) echo "${1##*-seed}";;
+        *) echo 0;;
+    esac
+}
+
+# Sets a key in a table of a config: set_key FILE TABLE KEY VALUE.
+set_key() {
+    awk -v table="[$2]" -v key="$3" -v value="$4" \
+        '/^\[/ { now = $0 } now == table && $1 == key { $0 = key " = " value } 1' "$1" > "$1.new"
+    mv "$1.new" "$1"
+}
+
+cluster() {
+    local kind=$1 seed=$2 run=$RUNS/clusters/$1-$2 assign=coarse
+    if [ -e "$run/clusters.png" ]; then return; fi
+    case $kind in random*) assign=random;; esac
+    python cluster.py --data "$TRAIN" --run-dir "$run" --config bench/claim.toml \
+        --cluster.experts "${kind##*[a-z]}" --cluster.assign $assign \
+        --cluster.seed "$seed" --train.seed "$seed" $FLAGS
+}
+
+# A run folder with the clusters of another: folder RUN KIND SEED STEPS LR.
+folder() {
+    local run=$1 kind=$2 seed=$3 steps=$4 lr=$5 base=$RUNS/clusters/$2-$3
+    if [ -e "$run/config.toml" ]; then return; fi
+    mkdir -p "$run/experts"
+    ln -sfn "$base/shards" "$run/shards"
+    ln -sfn "$base/clusters.safetensors" "$run/clusters.safetensors"
+    cp "$base/config.toml" "$run/config.new"
+    set_key "$run/config.new" train steps "$steps"
+    set_key "$run/config.new" train decay $((steps / 2))
+    set_key "$run/config.new" train lr "$lr"
+    mv "$run/config.new" "$run/config.toml"
+}
+
+# The learning rate of an ARM, once it has been chosen.
+rate() {
+    awk -v arm="$1" '$1 == arm { print $2 }' "$RUNS/lr/chosen"
+}
+
+# A seed of so many steps: train_seed STEPS SEED. It resumes from the longest shorter one.
+train_seed() {
+    local steps=$1 seed=$2 run=$RUNS/seeds/$1-$2 shorter
+    if [ -e "$run/done" ]; then return; fi
+    folder "$run" k4 "$seed" 1000000 "$(rate monolith)"
+    shorter=$(ls "$RUNS/seeds" | awk -F - -v s="$steps" -v n="$seed" \
+        '$2 == n && $1 < s + 0 { print $1 }' | sort -n | tail -n 1)
+    if [ ! -e "$run/checkpoints" ] && [ -e "$RUNS/seeds/$shorter-$seed/done" ]; then
+        cp -r "$RUNS/seeds/$shorter-$seed/checkpoints" "$run/"
+    fi
+    python train_expert.py --run-dir "$run" --shard seed --train.seed_steps "$steps"
+    touch "$run/done"
+}
+
+# The folder of an arm: open_arm RUN ARM SEED STEPS LR.
+open_arm() {
+    local run=$1 arm=$2 seed=$3 steps=$4 lr=$5 seed_steps
+    folder "$run" "$(kind "$arm")" "$seed" "$steps" "$lr"
+    seed_steps=$((steps * $(share "$arm") / 100))
+    if [ $seed_steps != 0 ]; then
+        set_key "$run/config.toml" train seed_steps $seed_steps
+        ln -sfn "$RUNS/seeds/$seed_steps-$seed/experts/seed.safetensors" \
+            "$run/experts/seed.safetensors"
+    fi
+}
+
+# Prints the trainings of an arm: of its experts, or of the monolith.
+trainings() {
+    local run=$1 arm=$2 kind k
+    if [ "$arm" = monolith ]; then
+        echo "train_expert.py --run-dir $run --shard all"
+        return
+    fi
+    kind=$(kind "$arm")
+    for ((k = 0; k < ${kind##*[a-z]}; k++)); do
+        echo "train_expert.py --run-dir $run --shard $k"
+    done
+}
+
+# An arm beside its monolith: evaluate RUN ARM SEED STEPS FLAGS...
+evaluate() {
+    local run=$1 arm=$2 seed=$3 steps=$4
+    if [ -e "$run/evaluated" ]; then return; fi
+    if [ "$arm" != monolith ]; then
+        ln -sfn "$RUNS/$steps/monolith-$seed/experts/all.safetensors" "$run/experts/"
+        ln -sfn "$RUNS/$steps/router/$(kind "$arm")-$seed/router.safetensors" "$run/"
+    fi
+    python evaluate.py --run-dir "$run" --data "$VALIDATION" --batch 100 "${@:5}"
+    touch "$run/evaluated"
+}
+
+# Runs the lines of its input, JOBS at a time.
+at_a_time() {
+    xargs -P "$JOBS" -I LINE bash -euo pipefail -c LINE
+}
+
+export TRAIN VALIDATION RUNS FLAGS
+export -f kind share set_key cluster folder rate train_seed open_arm trainings evaluate
+
+# ---- the experiment ----
+
+kinds=$(for arm in $ARMS; do kind "$arm"; done | sort -u)
+mkdir -p "$RUNS/lr" "$RUNS/seeds"
+[ -e "$RUNS/classifier" ] ||
+    python bench/classifier.py "$TRAIN" "$VALIDATION" "$RUNS/classifier"
+
+# Clusters and routers of a length: stage STEPS SEEDS.
+prepare() {
+    local steps=$1 seeds=$2 seed kind run
+    for seed in $seeds; do
+        for kind in $kinds; do echo "cluster $kind $seed"; done
+    done | at_a_time
+    for seed in $seeds; do
+        for kind in $kinds; do
+            run=$RUNS/$steps/router/$kind-$seed
+            folder "$run" "$kind" "$seed" "$steps" 2e-3
+            [ "$kind" = k1 ] || echo "python train_router.py --run-dir $run"
+        done
+    done | at_a_time
+}
+
+# The best learning rate of each arm on a short run, by the loss of 500 images under `full`: first
+# of the monolith, with which seeds are trained.
+choose_rates() {
+    local arm lr run
+    for arm in monolith $ARMS; do
+        if [ -n "$(rate "$arm")" ]; then continue; fi
+        if [ "$(share "$arm")" != 0 ]; then
+            train_seed $((SHORT * $(share "$arm") / 100)) "$FIRST"
+        fi
+        for lr in $LRS; do
+            run=$RUNS/lr/$arm-$lr
+            open_arm "$run" "$arm" "$FIRST" "$SHORT" "$lr"
+            trainings "$run" "$arm" | sed 's/^/python /'
+        done | at_a_time
+        for lr in $LRS; do
+            echo "evaluate $RUNS/lr/$arm-$lr $arm $FIRST $SHORT --samples 0 --loss-images 500" \
+                "--seed 1"
+        done | at_a_time
+        python bench/claim.py --choose "$RUNS/lr" --arm "$arm" --rates $LRS >> "$RUNS/lr/chosen"
+    done
+}
+
+touch "$RUNS/lr/chosen"
+prepare "$SHORT" "$FIRST"
+choose_rates
+
+for steps in $LENGTHS; do
+    seeds=$SEEDS
+    if [ "$steps" -gt 3200 ]; then seeds=$LONG_SEEDS; fi
+    prepare "$steps" "$seeds"
+
+    # in the order of their lengths: each resumes from the one before
+    for share in $(for arm in $ARMS; do share "$arm"; done | sort -nu); do
+        if [ "$share" = 0 ]; then continue; fi
+        for seed in $seeds; do echo "train_seed $((steps * share / 100)) $seed"; done | at_a_time
+    done
+    for seed in $seeds; do
+        for arm in $ARMS; do
+            open_arm "$RUNS/$steps/$arm-$seed" "$arm" "$seed" "$steps" "$(rate "$arm")"
+            trainings "$RUNS/$steps/$arm-$seed" "$arm" | sed 's/^/python /'
+        done
+    done | at_a_time
+    for seed in $seeds; do
+        for arm in $ARMS; do
+            echo "evaluate $RUNS/$steps/$arm-$seed $arm $seed $steps --samples $SAMPLES" \
+                "--features $RUNS/classifier --loss-images 1000 --solver ab2 --steps 20 --cfg 1" \
+                "--strategy top-1"
+        done
+    done | at_a_time
+done
