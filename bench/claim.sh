@@ -32,7 +32,7 @@ LENGTHS=${LENGTHS:-800 3200 12800}
 SEEDS=${SEEDS:-0 1 2}
 LONG_SEEDS=${LONG_SEEDS:-0 1}
 ARMS=${ARMS:-monolith k4 k4-seed10 k4-seed25 k4-seed50 k4-seed75 random4 random4-seed50 k8 k8-seed50}
-LRS=${LRS:-1e-3 2e-3 4e-3}
+LRS=${LRS:-2e-3 4e-3 8e-3}
 SAMPLES=${SAMPLES:-2500}
 JOBS=${JOBS:-2}
 # of the choice of learning rates
