@@ -36,21 +36,19 @@ import torch
 from PIL import Image
 
 import flow
-from data import TarDataset, check_condition, mix, permute, square, subset
+from data import TarDataset, check_condition, mix, permute, subset
 from ddm import encoders
 from ddm.config import Config, Sample, check_sample, load_run, make_config, make_parser, parse
 from ddm.ensemble import DENSE, Ensemble, beginnings, open_space
 from ddm.errors import UserError, script
 from ddm.features import KEPT, cluster_space, distance_space, open_reference, read_reference
-from ddm.metrics import Statistics, compare, router_quality, summarise_losses
+from ddm.metrics import Statistics, compare, explain, router_quality, summarise_losses
 from ddm.process import collect, gather, on_rank_0, progress, start, sum_over_ranks
 from ddm.report import Output, experts_figure, ledger
 from ddm.run import read_clusters
 from ddm.tars import find_tars, read_sources
 from ddm.text import normalise_text
-
-# of t in [0,1], of the validation loss and the router's answers
-BINS = 10
+from ddm.validation import encode, validate
 
 # the ensemble's strategies that have a validation loss: any that draws nothing, and
 # oracle: the expert of the image's own cluster
@@ -350,6 +348,8 @@ def evaluate_run(run, measures, args, *, reference_name, output, ranks):
     output.results.append(result)
 
     losses = {}
+    # the ensemble's Validation, once there is one
+    routed = None
     for model in list(run.teams):
         # popped, so that its memory goes with it
         team = run.teams.pop(model)
@@ -367,9 +367,9 @@ def evaluate_run(run, measures, args, *, reference_name, output, ranks):
                 output.save()
 
         if reference.for_loss:
-            found, quality, precision = evaluate_loss(model, team, space, run=run,
-                                                      reference=reference, args=args, ranks=ranks)
-            losses |= found
+            found, precision = evaluate_loss(model, team, space, run=run, reference=reference,
+                                             args=args, ranks=ranks)
+            losses |= name_losses(model, found)
             result["loss"] = {
                 "images": len(reference.for_loss),
                 "seed": args.seed,
@@ -377,8 +377,10 @@ def evaluate_run(run, measures, args, *, reference_name, output, ranks):
                 "precision": precision,
                 "models": summarise_losses(losses),
             }
-            if quality:
-                result["router"] = quality
+            if team.routed:
+                routed = found
+            if routed:
+                result |= why(routed, losses.get("monolith"), run, reference)
             if ranks.rank == 0:
                 output.save()
     if ranks.rank == 0:
@@ -510,15 +512,6 @@ def sample_images(row, team, space, *, reference, args, ranks):
     bar.close()
 
 
-def encode(conditions, kind, space, device):
-    """Captions or classes as the models take them: [B,L,D], [B,L] or [B]; None for kind = none."""
-    if kind == "none":
-        return None
-    if kind == "text":
-        return space.captions(conditions).to(device)
-    return torch.tensor(conditions).to(device)
-
-
 def measure(samples, run, reference, *, measures, keep):
     """What can be said of the samples that sample_images() yields on each rank.
 
@@ -587,7 +580,7 @@ def loss_strategies(experts, knows_clusters):
 
 
 def evaluate_loss(model, team, space, *, run, reference, args, ranks):
-    """-> ({name: loss [n,BINS]}, the router's quality or None, the name of the precision)."""
+    """-> (Validation, the name of the precision)."""
     # whether an image has an expert of its own that is there
     knows_clusters = run.clusters is not None and not team.missing
     strategies = ["full"]
@@ -603,117 +596,32 @@ def evaluate_loss(model, team, space, *, run, reference, args, ranks):
     if args.loss_precision != "tf32":
         multiplied = encoders.exact_products()
     with multiplied:
-        losses, answers = validate(exact, strategies, space, data=reference.data,
-                                   numbers=reference.for_loss, labels=reference.labels,
-                                   seed=args.seed, batch=args.batch, ranks=ranks)
-
-    if model == "ensemble":
-        named = {f"ensemble, {strategy}": loss for strategy, loss in losses.items()}
-    else:
-        named = {model: losses["full"]}
-    quality = None
-    if team.routed and knows_clusters:
-        quality = router_quality(answers, reference.labels[reference.for_loss])
+        found = validate(exact, strategies, space, data=reference.data,
+                         numbers=reference.for_loss, labels=reference.labels, seed=args.seed,
+                         batch=args.batch, ranks=ranks,
+                         calibrated=run.config.sample.router_calibration)
     precision = "fp32" if args.loss_precision == "fp32" else exact.precision
-    return named, quality, precision
+    return found, precision
 
 
-@torch.no_grad()
-def validate(team, strategies, space, *, data, numbers, labels, seed, batch, ranks):
-    """Flow-matching loss (eq. 6, of the weighted velocity, eq. 8) on images of the reference.
+def name_losses(model, found):
+    """{name in the table: loss [n,BINS]} of a model's Validation."""
+    if model != "ensemble":
+        return {model: found.losses["full"]}
+    return {f"ensemble, {strategy}": loss for strategy, loss in found.losses.items()}
 
-    Each image is seen at one time in each of BINS bins of [0,1]. Its noise and times depend on the
-    seed and its number alone, so that all models see the same: compare image by image. Conditions
-    as they are, no guidance.
 
-    numbers: of the n images. labels: the cluster of each image of `data`, for the strategy
-    "oracle". batch: rows of a forward pass, about.
-    -> ({strategy: loss [n,BINS]}, the router's p [n,BINS,K])
+def why(found, monolith, run, reference):
+    """Why the ensemble's loss is what it is -> {"why": ...}, and {"router": ...} where images tell
+    their clusters. monolith: its loss [n,BINS], None without one.
     """
-    losses = {strategy: torch.zeros(len(numbers), BINS) for strategy in strategies}
-    answers = torch.zeros(len(numbers), BINS, team.K)
-    size = max(1, batch // BINS)
-
-    mine = range(ranks.rank, len(numbers), ranks.world)
-    bar = progress(desc=f"validation loss, {', '.join(strategies)}", total=len(mine),
-                   unit=" images")
-    for first in range(0, len(mine), size):
-        # places in losses and answers, and the images that stand there
-        rows = list(mine[first:first + size])
-        of_rows = [numbers[row] for row in rows]
-        x_t, t, c, target = noised(data, of_rows, space, seed=seed, device=ranks.device)
-
-        p = route(team, x_t, t, c)                                    # [B*BINS,K]
-        answers[rows] = p.view(len(rows), BINS, team.K).cpu()
-
-        # all experts, those on the device first, before others take their place
-        v = torch.zeros(team.K, *x_t.shape, device=ranks.device)      # [K,B*BINS,C,h,w]
-        on_device = [k for k in sorted(team.paths) if k in team.loaded]
-        others = [k for k in sorted(team.paths) if k not in team.loaded]
-        for k in on_device + others:
-            v[k] = team.expert_velocity(k, x_t, t, c)
-
-        # the same velocities, mixed in several ways
-        for strategy in strategies:
-            if strategy == "oracle":
-                own = labels[of_rows].to(ranks.device).repeat_interleave(BINS)
-                w = torch.nn.functional.one_hot(own, team.K).to(p)
-            else:
-                w = flow.choose(flow.parse_strategy(strategy), p)
-            error = torch.einsum("bk,kb...->b...", w, v) - target
-            loss = error.square().flatten(1).mean(1)
-            losses[strategy][rows] = loss.view(len(rows), BINS).cpu()
-        bar.update(len(rows))
-    bar.close()
-
-    for strategy in strategies:
-        losses[strategy] = sum_over_ranks(losses[strategy])
-    return losses, sum_over_ranks(answers)
-
-
-def route(team, x_t, t, c):
-    """The router's answers [B,K]; of a single model all of it."""
-    if team.routed:
-        return team.route(x_t, t, c)
-    only = torch.tensor(min(team.paths), device=x_t.device)
-    return torch.nn.functional.one_hot(only, team.K).float().expand(len(t), -1)
-
-
-def noised(data, numbers, space, *, seed, device):
-    """Images of the reference on their way to noise, each at BINS times.
-
-    -> x_t [B*BINS,C,h,w], t [B*BINS], c, v = eps - x_0 [B*BINS,C,h,w]
-    """
-    squares = []
-    conditions = []
-    times = []
-    noise = []
-    encoder_noise = []
-    for number in numbers:
-        image, condition, _ = data.sample(number)
-        squares.append(square(image, data.size))
-        conditions.append(condition)
-
-        # the order of these draws is part of the numbers: a new one belongs at the end
-        rng = np.random.Generator(np.random.Philox(key=[seed, number]))
-        times.append((np.arange(BINS) + rng.random(BINS)) / BINS)
-        shape = (space.channels, space.size, space.size)
-        noise.append(rng.standard_normal((BINS, *shape), dtype=np.float32))
-        # what an autoencoder's posterior is sampled with
-        encoder_noise.append(rng.standard_normal(shape, dtype=np.float32))
-
-    def stack(arrays):
-        return torch.from_numpy(np.stack(arrays)).to(device)
-
-    x_0 = space.x_0(stack(squares), stack(encoder_noise))             # [B,C,h,w]
-    x_0 = x_0.to(device).repeat_interleave(BINS, dim=0)               # [B*BINS,C,h,w]
-    eps = stack(noise).flatten(0, 1)
-    # what predicts eps divides by 1 - t, what predicts x_0 by t
-    t = stack(times).flatten().float().clamp(1e-6, 1 - 1e-6)
-    c = encode(conditions, data.condition, space, device)
-    if c is not None:
-        c = c.repeat_interleave(BINS, dim=0)
-    return flow.interpolate(x_0, eps, t), t, c, eps - x_0
+    # an image's own expert may be missing
+    if run.clusters is None or found.experts.isinf().any():
+        return {"why": explain(found, None, monolith)}
+    labels = reference.labels[reference.for_loss]
+    counts = run.clusters.clusters["counts"].tolist()
+    return {"why": explain(found, labels, monolith, counts),
+            "router": router_quality(found.answers, labels)}
 
 
 # ---- all of it -----------------------------------------------------------------------------------

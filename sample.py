@@ -487,7 +487,8 @@ class Trace:
         if c is not None:
             c = c[self.places]
         t = torch.full((len(x_t),), time, device=x_t.device)
-        p = team.route(x_t, t, c, self.velocity.settings.router_temperature)
+        settings = self.velocity.settings
+        p = team.route(x_t, t, c, settings.router_temperature, settings.router_calibration)
 
         # asked for the sheet alone, so it is no part of the cost
         team.forwards["router"] -= len(x_t)

@@ -4,12 +4,15 @@ cluster's number.
     torchrun --nproc_per_node=8 train_router.py --run-dir runs/laion
     python train_router.py --run-dir runs/demo
 
+    # once it is trained: temperatures of its logits by noise level, from images that it never saw
+    python train_router.py --run-dir runs/demo --calibrate 'data/val/*.tar'
+
 --train.* and [train.router] apply. Run again, it resumes from its newest checkpoint.
 
 reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/router/*.tar or
         RUN/latents/router/*.tar; the pretrained networks whose work is not cached
-writes  RUN/router.safetensors (EMA weights), RUN/checkpoints/router/, RUN/logs/router.csv (accuracy
-        by noise level)
+writes  RUN/router.safetensors (EMA weights; with --calibrate temperatures in its metadata),
+        RUN/checkpoints/router/, RUN/logs/router.csv (accuracy by noise level)
 """
 import math
 import os
@@ -19,6 +22,7 @@ import torch
 
 import flow
 from ddm import plan
+from ddm.calibration import calibrate, check_calibration
 from ddm.checkpoint import Checkpoints, check_finite, identity_of, training
 from ddm.config import load_run, make_training_parser, model_config, parse
 from ddm.engine import Engine, learning_rate
@@ -27,11 +31,16 @@ from ddm.loading import Batches, describe, encode, open_shards, planned_space
 from ddm.log import Log
 from ddm.process import Stop, start, watchdog
 from ddm.run import collective_timeout, owned, read_clusters
+from ddm.tars import find_tars
 from model import drop_condition
 
 
 def parser():
-    return make_training_parser(__doc__)
+    parser = make_training_parser(__doc__)
+    parser.add_argument("--calibrate", nargs="+", default=[], metavar="GLOB",
+                        help="after training, fit temperatures to the images of these tars, which "
+                        "nobody trained on")
+    return parser
 
 
 def main():
@@ -43,6 +52,9 @@ def main():
         plan.report("router", shape, settings, settings.batch, config)
         return
 
+    if args.calibrate:
+        find_tars(args.calibrate)
+        check_calibration(config)
     with owned(args.run_dir, "router"):
         open_and_train(args, config, settings)
 
@@ -102,6 +114,9 @@ def open_and_train(args, config, train):
     # the last export failed, or its file is gone
     if checkpoints.is_stale(path, engine):
         checkpoints.export(path, engine, last=True, **info)
+    # not where a signal came
+    if args.calibrate and engine.step >= train.steps:
+        calibrate(args.run_dir, args.calibrate, config, space, ranks)
 
 
 def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log, path, info):

@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ddm.files import atomic, parse_json
 from ddm.mmdit import MMDiT
@@ -139,6 +139,11 @@ def load(path, device="cpu", dtype=torch.float32):
     # the config gives them, so no file has them
     model.reset_positions(device, dtype)
     return model.eval(), info
+
+
+def add_info(path, **info):
+    """Adds to what a model's file says of itself; its tensors stay, bit by bit."""
+    write_tensors(path, load_file(path), read_info(path) | info)
 
 
 def load_raw(path):

@@ -250,6 +250,8 @@ class Sample(Table):
         "top-1", "which experts make a step: full, top-N, sample-N, threshold-P, nucleus-P, "
         "once or oracle-N")
     router_temperature: float = key(1.0, "the router's logits are divided by it", least=1e-6)
+    router_calibration: bool = key(
+        True, "and by the temperatures that train_router.py --calibrate has fitted, if it has")
     route_every: int = key(
         1, "forwards that one answer of the router is used for (once and oracle-N keep theirs)",
         least=1)

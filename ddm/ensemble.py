@@ -94,8 +94,12 @@ class Ensemble:
         # where no router says how many clusters there are
         self.K = max(found) + 1
         router = None
+        # [BINS] of the router's logits, in equal bins of t; None: it has not been calibrated
+        self.temperatures = None
         if not only and os.path.exists(self.router_path):
             router = self._read_router(found)
+            if "temperatures" in router:
+                self.temperatures = torch.tensor(router["temperatures"], device=device)
 
         # the files agree with each other
         first = min(self.paths)
@@ -297,11 +301,19 @@ class Ensemble:
         return Velocity(self, settings, c, c_null=c_null, u=u, labels=labels)
 
     @torch.no_grad()
-    def route(self, x_t: Tensor, t: Tensor, c: Tensor | None, temperature=1.0) -> Tensor:
-        """p(k | x_t, t, c) [B,K] over the experts that are there (eq. 5), tempered."""
+    def route(self, x_t: Tensor, t: Tensor, c: Tensor | None, temperature=1.0,
+              calibrated=True) -> Tensor:
+        """p(k | x_t, t, c) [B,K] over the experts that are there (eq. 5), tempered.
+
+        calibrated: also by the temperatures in the router's file, if it has any.
+        """
         self.forwards["router"] += len(x_t)
         # its head is float32 in any precision
         logits = self.router(x_t.to(self.dtype), t, c).float() / temperature
+        if calibrated and self.temperatures is not None:
+            bins = len(self.temperatures)
+            bin_of_t = (t * bins).long().clamp(max=bins - 1)          # [B]
+            logits = logits / self.temperatures[bin_of_t, None]
         # the softmax renormalises over the others
         logits[:, self.missing] = float("-inf")
         return logits.softmax(1)
@@ -457,7 +469,7 @@ class Velocity:
             return
 
         c = None if branch.c is None else branch.c[rows]
-        p = self.team.route(x_t[rows], t[rows], c, s.router_temperature)
+        p = self.team.route(x_t[rows], t[rows], c, s.router_temperature, s.router_calibration)
         if s.route_every > 1 and s.route_epsilon:
             # a sample that the router is sure of keeps its expert, and asks no more
             sure = p.max(1).values >= 1 - s.route_epsilon

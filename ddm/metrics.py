@@ -180,3 +180,53 @@ def summarise_losses(losses):
             "difference_by_t": difference.mean(0).tolist(),
         }
     return summary
+
+
+def explain(found, labels, monolith, counts=None):
+    """Why an ensemble's loss is what it is, from a Validation of n images.
+
+    labels: the cluster of each [n]; None where images do not tell. monolith: its loss [n,BINS] on
+    the same noise, or None. counts: images of each cluster that its expert trained on.
+
+    -> {by_t: {name: [BINS]}, clusters: [a dict each]}. The mixture's loss is that of its experts,
+    as the router weighs them, less how far they disagree (Krogh & Vedelsby 1995):
+
+        |sum_k p_k v_k - v|^2 = sum_k p_k |v_k - v|^2 - sum_k p_k |v_k - sum_j p_j v_j|^2
+    """
+    p = found.answers
+    mixture = found.losses["full"]
+    # one that is missing has no weight
+    weighed = (p * found.experts.nan_to_num(posinf=0)).sum(2)         # [n,BINS]
+    chosen = found.experts.gather(2, p.argmax(2, keepdim=True))[..., 0]
+    by_image = {} if monolith is None else {"monolith": monolith}
+    by_image |= {
+        "mixture": mixture,
+        "chosen expert": chosen,
+        "best expert in hindsight": found.experts.amin(2),
+        "experts, as weighed": weighed,
+        "their disagreement": weighed - mixture,
+    }
+    if labels is None:
+        return {"by_t": _means(by_image), "clusters": []}
+
+    # [n,1,1] among the experts [n,BINS,K]
+    places = labels[:, None, None].expand(-1, p.shape[1], 1)
+    by_image["own expert"] = found.experts.gather(2, places)[..., 0]
+    clusters = []
+    for k in range(p.shape[2]):
+        own = labels == k
+        row = {"trained on": counts[k], "images": int(own.sum())}
+        for name in ("monolith", "own expert", "chosen expert", "mixture"):
+            if name in by_image:
+                row[name] = by_image[name][own].mean().item()
+        # of expert k where it is a stranger
+        row["its expert elsewhere"] = found.experts[~own, :, k].mean().item()
+        if monolith is not None:
+            row["monolith elsewhere"] = monolith[~own].mean().item()
+        clusters.append(row)
+    return {"by_t": _means(by_image), "clusters": clusters}
+
+
+def _means(by_image):
+    """{name: [n,BINS]} -> {name: [BINS]}, JSON."""
+    return {name: values.mean(0).tolist() for name, values in by_image.items()}

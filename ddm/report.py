@@ -230,6 +230,8 @@ def as_text(results):
         title = f"{result['run']}: " if several else ""
         if "loss" in result:
             parts.append(title + loss_table(result["loss"]))
+        if "why" in result:
+            parts.append(title + why_table(result["why"]))
         if "router" in result:
             parts.append(title + router_table(result["router"]))
         if "ledger" in result:
@@ -377,12 +379,46 @@ def loss_table(loss):
     return f"{text}\n\n{markdown(rows)}"
 
 
+def why_table(why):
+    """What metrics.explain says: by t, and by cluster."""
+    rows = []
+    for name, values in why["by_t"].items():
+        mean = sum(values) / len(values)
+        rows.append({"loss of": name, "mean": f"{mean:.5f}"} | _by_t(values, digits=4))
+    text = ("why, on the same images: the mixture's loss is that of the experts, as the router "
+            f"weighs them, less their disagreement\n\n{markdown(rows)}")
+    if not why["clusters"]:
+        return text
+
+    rows = []
+    for k, cluster in enumerate(why["clusters"]):
+        row = {"cluster": k}
+        for name, value in cluster.items():
+            row[name] = f"{value:.5f}" if isinstance(value, float) else value
+        rows.append(row)
+    return (f"{text}\n\nby cluster: the loss of its images, and of its expert on the images of all "
+            f"others\n\n{markdown(rows)}")
+
+
 def router_table(quality):
     """What metrics.router_quality says, by t."""
     rows = []
     for name, values in quality.items():
         rows.append({"": name.replace("_", " ")} | _by_t(values, digits=3))
     return f"router, on the same images\n\n{markdown(rows)}"
+
+
+def calibration_table(temperatures, before, after, about):
+    """The router's temperatures by t, and what metrics.router_quality says without and with them.
+
+    about: the images that they were fitted on, {images, tars}.
+    """
+    rows = [{"": "temperature"} | _by_t(temperatures, digits=3)]
+    for name in ("calibration_error", "negative_log_likelihood"):
+        for when, quality in (("without", before), ("with", after)):
+            rows.append({"": f"{name.replace('_', ' ')}, {when}"} | _by_t(quality[name], digits=3))
+    return (f"the router's temperatures, fitted on {about['images']} images of "
+            f"{', '.join(about['tars'])}\n\n{markdown(rows)}")
 
 
 def ledger_table(entries):

@@ -274,9 +274,9 @@ def test_the_loss_is_eq_6_of_the_mixed_velocity_on_the_same_noise(evaluated, tar
     team = Ensemble(evaluated[0], CPU)
     numbers = [3, 77, 239]
     space = evaluate.open_space(team, make_config(), {}, CPU)
-    found, answers = evaluate.validate(team, ["full", "top-1", "oracle"], space, data=data,
-                                       numbers=numbers, labels=torch.full((240,), 2), seed=0,
-                                       batch=20, ranks=ALONE)
+    found = evaluate.validate(team, ["full", "top-1", "oracle"], space, data=data,
+                              numbers=numbers, labels=torch.full((240,), 2), seed=0, batch=20,
+                              ranks=ALONE)
 
     for row, number in enumerate(numbers):
         image, caption, _ = data.sample(number)
@@ -289,12 +289,12 @@ def test_the_loss_is_eq_6_of_the_mixed_velocity_on_the_same_noise(evaluated, tar
         x_t = flow.interpolate(x_0, eps, t)
 
         p = team.route(x_t, t, c)
-        torch.testing.assert_close(answers[row], p, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.answers[row], p, rtol=1e-4, atol=1e-5)
         oracle = torch.tensor([[0.0, 0, 1]]).expand(10, -1)
         for name, w in (("full", p), ("top-1", flow.top_k(p, 1)), ("oracle", oracle)):
             v = flow.ensemble(w, team.expert_velocity, x_t, t, c)
             loss = (v - (eps - x_0)).square().flatten(1).mean(1)
-            torch.testing.assert_close(found[name][row], loss, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.losses[name][row], loss, rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_is_measured_in_fp32_and_named_by_what_ran(evaluated, tars, tmp_path, monkeypatch):

@@ -306,7 +306,7 @@ def test_the_router_is_off_for_a_sample_once_it_is_sure(mixed):
     asked = []
     known = {tuple(row.tolist()): number for number, row in enumerate(condition())}
 
-    def route(x_t, t, c, temperature):
+    def route(x_t, t, c, temperature, calibrated):
         rows = [known[tuple(row.tolist())] for row in c]
         asked.append((round(t[0].item(), 2), rows))
         sure = torch.tensor([row == 0 or row == 1 and t[0] <= 0.5 for row in rows])

@@ -1,0 +1,100 @@
+"""Temperatures of a trained router: post-hoc calibration (Guo et al. 2017), one for each bin of t.
+
+A router that has seen its images often is surer of others than it is right. Divided by a
+temperature that was fitted on images that it has not seen, its logits say how sure it may be. Their
+order stays, so top-1 chooses as before; what weighs experts by them (full, top-N) or draws from
+them (once, sample-N) changes.
+"""
+import os
+
+import torch
+import torch.nn.functional as F
+
+from data import subset
+from ddm import artifacts
+from ddm.errors import UserError
+from ddm.features import cluster_space, open_reference, read_reference
+from ddm.metrics import router_quality
+from ddm.process import progress, sum_over_ranks
+from ddm.report import calibration_table
+from ddm.run import read_clusters
+from ddm.validation import BINS, noised
+
+# held-out images that it is fitted on, at most: a temperature is one number
+IMAGES = 5000
+# a temperature outside is no calibration: the images are too few, or none is ever wrong
+SMALLEST = 0.05
+LARGEST = 20.0
+
+
+def fit_temperatures(logits, labels):
+    """logits [n,BINS,K], labels [n] -> T [BINS], for which logits / T have the least negative log
+    likelihood.
+
+    It is convex in 1 / T, so there is one such T in each bin.
+    """
+    logits = logits.double()
+    targets = labels.repeat_interleave(BINS)
+    log_t = torch.zeros(BINS, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=200, tolerance_grad=1e-9,
+                                  tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def negative_log_likelihood():
+        optimizer.zero_grad()
+        scaled = logits / log_t.exp()[:, None]
+        loss = F.cross_entropy(scaled.flatten(0, 1), targets)
+        loss.backward()
+        return loss
+
+    optimizer.step(negative_log_likelihood)
+    return log_t.detach().exp().clamp(SMALLEST, LARGEST)
+
+
+def check_calibration(config):
+    """UserError where no image tells its cluster, which is what the router is compared with."""
+    if config.cluster.assign == "random":
+        raise UserError("--calibrate: clusters of cluster.assign = 'random' cannot be told from "
+                        "held-out images, so there is nothing to fit the router to")
+
+
+@torch.no_grad()
+def held_out_logits(router, space, data, numbers, *, batch, ranks):
+    """The router's logits [n,BINS,K] of images `numbers` of a TarDataset, each at BINS times."""
+    logits = torch.zeros(len(numbers), BINS, router.config.clusters)
+    size = max(1, batch // BINS)
+    # the ranks share the images
+    mine = range(ranks.rank, len(numbers), ranks.world)
+    for first in progress(range(0, len(mine), size), desc="calibration"):
+        rows = list(mine[first:first + size])
+        x_t, t, c, _ = noised(data, [numbers[row] for row in rows], space, seed=0,
+                              device=ranks.device)
+        logits[rows] = router(x_t, t, c).float().view(len(rows), BINS, -1).cpu()
+    return sum_over_ranks(logits)
+
+
+def calibrate(run_dir, patterns, config, space, ranks, batch=64):
+    """Fits the temperatures of RUN/router.safetensors on held-out tars, and writes them into its
+    metadata. Prints what they change. UserError if the tars cannot be used.
+    """
+    path = os.path.join(run_dir, "router.safetensors")
+    settings = config.data
+    data = open_reference(patterns, settings.size, settings.condition, settings.classes)
+    clusters = cluster_space(run_dir, config, read_clusters(run_dir), ranks.device)
+    _, (labels, _) = read_reference(data, [], clusters, batch=batch, ranks=ranks,
+                                    folder=os.path.join(run_dir, "evaluation"))
+
+    usable = (labels >= 0).nonzero().flatten()
+    numbers = usable[torch.from_numpy(subset(len(usable), IMAGES, 0, 4))]
+    labels = labels[numbers]
+    # of the file, as it is used
+    router, _ = artifacts.load(path, ranks.device)
+    logits = held_out_logits(router, space, data, numbers.tolist(), batch=batch, ranks=ranks)
+    temperatures = fit_temperatures(logits, labels)
+
+    if ranks.rank:
+        return
+    about = {"images": len(numbers), "tars": [os.path.basename(tar) for tar in data.tars]}
+    artifacts.add_info(path, temperatures=temperatures.tolist(), calibration=about)
+    before = router_quality(logits.softmax(2), labels)
+    after = router_quality((logits / temperatures[:, None]).softmax(2), labels)
+    print(calibration_table(temperatures.tolist(), before, after, about))
