@@ -13,12 +13,15 @@
 #
 # LENGTHS are steps of 128 images. SEEDS: at all lengths; LONG_SEEDS: at lengths over 3200. ARMS:
 # monolith, KIND or KIND-seedP, where KIND is kK or randomK for K clusters and P the seed's share of
-# the steps in percent. SAMPLES a row. JOBS at a time, a CPU core each. Killed at any time and
-# started again, it goes on: trainings resume, what is finished is not done again.
+# the steps in percent. Samples are drawn by top-1 at each length; at the last one by all of
+# STRATEGIES, of the GUIDED arms also with each of CFGS. SAMPLES a row. JOBS at a time, a CPU core
+# each. Killed at any time and started again, it goes on: trainings resume, what is finished is not
+# done again.
 #
 # reads   TRAIN and VALIDATION, tars of 32-pixel images with classes
 # writes  RUNS/clusters/KIND-SEED, RUNS/seeds/STEPS-SEED and, for each arm, a run folder
-#         RUNS/LENGTH/ARM-SEED with its evaluation; RUNS/lr, the short runs; RUNS/claim.md, figures
+#         RUNS/LENGTH/ARM-SEED with its evaluations in loss/ and samples-STRATEGY-CFG/; RUNS/lr, the
+#         short runs; RUNS/calibrated, routers with temperatures; RUNS/claim.md and figures
 set -euo pipefail
 
 TRAIN=$(realpath -s "$1")
@@ -34,9 +37,13 @@ LONG_SEEDS=${LONG_SEEDS:-0 1}
 ARMS=${ARMS:-monolith k4 k4-seed10 k4-seed25 k4-seed50 k4-seed75 random4 random4-seed50 k8 k8-seed50}
 LRS=${LRS:-2e-3 4e-3 8e-3}
 SAMPLES=${SAMPLES:-2500}
+STRATEGIES=${STRATEGIES:-full top-1 top-2 once}
+GUIDED=${GUIDED:-monolith k4 k4-seed50}
+CFGS=${CFGS:-1.5 2 3}
 JOBS=${JOBS:-2}
 # of the choice of learning rates
 SHORT=${LENGTHS%% *}
+LAST=${LENGTHS##* }
 FIRST=${SEEDS%% *}
 
 cd "$(dirname "$0")/.."
@@ -133,16 +140,66 @@ trainings() {
     done
 }
 
-# An arm beside its monolith: evaluate RUN ARM SEED STEPS FLAGS...
-evaluate() {
+# Links what an arm is evaluated with: its monolith, and the router of its clusters.
+complete() {
     local run=$1 arm=$2 seed=$3 steps=$4
-    if [ -e "$run/evaluated" ]; then return; fi
-    if [ "$arm" != monolith ]; then
-        ln -sfn "$RUNS/$steps/monolith-$seed/experts/all.safetensors" "$run/experts/"
-        ln -sfn "$RUNS/$steps/router/$(kind "$arm")-$seed/router.safetensors" "$run/"
+    if [ "$arm" = monolith ]; then return; fi
+    ln -sfn "$RUNS/$steps/monolith-$seed/experts/all.safetensors" "$run/experts/"
+    ln -sfn "$RUNS/$steps/router/$(kind "$arm")-$seed/router.safetensors" "$run/"
+}
+
+# evaluate RUN NAME FLAGS...: results in RUN/NAME. What is known of the images is shared by all.
+evaluate() {
+    local out=$1/$2
+    if [ -e "$out/done" ]; then return; fi
+    mkdir -p "$out" "$RUNS/reference"
+    ln "$RUNS"/reference/* "$out/" 2> /dev/null || true
+    python evaluate.py --run-dir "$1" --data "$VALIDATION" --out "$out" --batch 100 "${@:3}"
+    ln "$out"/reference-* "$RUNS/reference/" 2> /dev/null || true
+    touch "$out/done"
+}
+
+# Samples of one model: sample_arm RUN ARM STRATEGY CFG.
+sample_arm() {
+    local run=$1 arm=$2 strategy=$3 cfg=$4 model=ensemble
+    if [ "$arm" = monolith ]; then model=monolith; fi
+    evaluate "$run" "samples-$strategy-$cfg" --models $model --loss-images 0 --npz \
+        --features "$RUNS/classifier" --samples "$SAMPLES" --solver ab2 --steps 20 \
+        --strategy "$strategy" --cfg "$cfg"
+}
+
+# Prints the samplings of an arm at a length.
+samplings() {
+    local steps=$1 arm=$2 seed=$3 run=$RUNS/$1/$2-$3 strategies=top-1 cfgs=1 strategy cfg
+    if [ "$steps" = "$LAST" ]; then
+        if [ "$arm" != monolith ]; then strategies=$STRATEGIES; fi
+        case " $GUIDED " in *" $arm "*) cfgs="1 $CFGS";; esac
     fi
-    python evaluate.py --run-dir "$run" --data "$VALIDATION" --batch 100 "${@:5}"
-    touch "$run/evaluated"
+    for strategy in $strategies; do
+        for cfg in $cfgs; do echo "sample_arm $run $arm $strategy $cfg"; done
+    done
+}
+
+# The longest arms with a calibrated router: one half of the held-out images fits the temperatures,
+# the other half is measured.
+calibrate() {
+    local arm=$1 seed=$2 run=$RUNS/calibrated/$1-$2 half=$RUNS/calibrated/halves
+    if [ -e "$run/done" ]; then return; fi
+    mkdir -p "$run"
+    cp -r "$RUNS/$LAST/router/$(kind "$arm")-$seed/." "$run/"
+    rm -rf "$run/experts"
+    ln -sfn "$RUNS/$LAST/$arm-$seed/experts" "$run/experts"
+    python train_router.py --run-dir "$run" --calibrate "$half/fit.tar"
+    for on in true false; do
+        VALIDATION=$half/test.tar evaluate "$run" "loss-$on" --samples 0 --loss-images 1000 \
+            --router-calibration $on
+        for strategy in full top-1 top-2 once; do
+            evaluate "$run" "samples-$strategy-$on" --models ensemble --loss-images 0 \
+                --npz --features "$RUNS/classifier" --samples "$SAMPLES" --solver ab2 --steps 20 \
+                --strategy "$strategy" --cfg 1 --router-calibration $on
+        done
+    done
+    touch "$run/done"
 }
 
 # Runs the lines of its input, JOBS at a time.
@@ -150,8 +207,9 @@ at_a_time() {
     xargs -P "$JOBS" -I LINE bash -euo pipefail -c LINE
 }
 
-export TRAIN VALIDATION RUNS FLAGS
-export -f kind share set_key cluster folder rate train_seed open_arm trainings evaluate
+export TRAIN VALIDATION RUNS FLAGS LAST SAMPLES
+export -f kind share set_key cluster folder rate train_seed open_arm trainings complete evaluate
+export -f sample_arm calibrate
 
 # ---- the experiment ----
 
@@ -190,8 +248,8 @@ choose_rates() {
             trainings "$run" "$arm" | sed 's/^/python /'
         done | at_a_time
         for lr in $LRS; do
-            echo "evaluate $RUNS/lr/$arm-$lr $arm $FIRST $SHORT --samples 0 --loss-images 500" \
-                "--seed 1"
+            complete "$RUNS/lr/$arm-$lr" "$arm" "$FIRST" "$SHORT"
+            echo "evaluate $RUNS/lr/$arm-$lr loss --samples 0 --loss-images 500 --seed 1"
         done | at_a_time
         python bench/claim.py --choose "$RUNS/lr" --arm "$arm" --rates $LRS >> "$RUNS/lr/chosen"
     done
@@ -219,9 +277,19 @@ for steps in $LENGTHS; do
     done | at_a_time
     for seed in $seeds; do
         for arm in $ARMS; do
-            echo "evaluate $RUNS/$steps/$arm-$seed $arm $seed $steps --samples $SAMPLES" \
-                "--features $RUNS/classifier --loss-images 1000 --solver ab2 --steps 20 --cfg 1" \
-                "--strategy top-1"
+            complete "$RUNS/$steps/$arm-$seed" "$arm" "$seed" "$steps"
+            echo "evaluate $RUNS/$steps/$arm-$seed loss --samples 0 --loss-images 1000"
+            samplings "$steps" "$arm" "$seed"
         done
     done | at_a_time
+    python bench/claim.py "$RUNS" --lengths $LENGTHS --arms $ARMS
 done
+
+mkdir -p "$RUNS/calibrated/halves"
+python bench/claim.py --halve "$VALIDATION" "$RUNS/calibrated/halves"
+for seed in $LONG_SEEDS; do
+    for arm in $GUIDED; do
+        [ "$arm" = monolith ] || echo "calibrate $arm $seed"
+    done
+done | at_a_time
+python bench/claim.py "$RUNS" --lengths $LENGTHS --arms $ARMS
