@@ -66,10 +66,13 @@ share() {
     esac
 }
 
-# Sets a key in a table of a config: set_key FILE TABLE KEY VALUE.
+# Sets a key in a table of a config, which must be there: set_key FILE TABLE KEY VALUE.
 set_key() {
-    awk -v table="[$2]" -v key="$3" -v value="$4" \
-        '/^\[/ { now = $0 } now == table && $1 == key { $0 = key " = " value } 1' "$1" > "$1.new"
+    awk -v table="[$2]" -v key="$3" -v value="$4" '
+        /^\[/ { now = $0 }
+        now == table && $1 == key { $0 = key " = " value; found = 1 }
+        { print }
+        END { exit !found }' "$1" > "$1.new"
     mv "$1.new" "$1"
 }
 
