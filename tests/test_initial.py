@@ -130,6 +130,15 @@ def test_a_seed_s_file_has_both_weights_and_says_what_it_cost(seeded):
     assert (info["init"], info["init_images"], info["init_flops"]) == ("", 0, 0)
 
 
+def test_a_seed_s_file_is_not_rounded_and_is_written_again(seeded, tmp_path):
+    run = copy(seeded, tmp_path)
+    path = model_of(run, "seed")
+    whole = path.read_bytes()
+    os.remove(path)
+    train(run, "seed", "--train.export", "bf16")
+    assert path.read_bytes() == whole
+
+
 def test_an_expert_s_file_says_which_seed_it_began_with(seeded):
     seed = artifacts.read_info(model_of(seeded, "seed"))
     for shard, batch in ((0, SHARE), (1, SHARE), (2, SHARE), ("all", BATCH)):
@@ -319,7 +328,7 @@ def test_two_ranks_begin_with_a_seed_and_one_resumes(prepared, seeded, ends, tmp
     done = command("train_expert.py", *flags)
     assert f"resumed at step {last + 2}" in done.stdout
     same_rows(run, seeded, "expert-0")
-    assert distance(ema_of(model_of(run, 0)), ema_of(model_of(seeded, 0))) < 2e-4
+    assert distance(ema_of(model_of(run, 0)), ema_of(model_of(seeded, 0))) < 5e-5
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -331,7 +340,7 @@ def test_a_seed_of_two_ranks_is_that_of_one(prepared, seeded, tmp_path, parallel
     one = load_file(model_of(seeded, "seed"))
     two = load_file(model_of(run, "seed"))
     # raw weights and EMA weights, which differ by more
-    assert distance(one, two) < 1e-4
+    assert distance(one, two) < 1e-5
 
 
 def same_rows(run, other, name):
@@ -649,7 +658,7 @@ def test_a_seed_with_ruined_raw_weights_is_refused(prepared, seeded, tmp_path):
     ("0", ["--train.steps", 4], ["train.seed_steps = 4", "train.steps = 4"]),
     ("0", ["--train.seed_steps", -1], ["train.seed_steps", "-1"]),
     ("0", ["--train.router.seed_steps", 5], ["train.router.seed_steps", "5", "at most 0"]),
-    ("seeds", [], ["no shard 'seeds'"]),
+    ("seeds", [], ["no shard 'seeds'", "all for the monolith"]),
 ])
 def test_mistaken_flags_are_refused(prepared, shard, flags, says):
     refused("train_expert.py", "--run-dir", prepared, "--shard", shard, *flags, says=says)
