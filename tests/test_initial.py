@@ -150,6 +150,8 @@ def test_an_expert_s_file_says_which_seed_it_began_with(seeded):
         # its own steps alone
         assert info["images"] == (STEPS - SEED_STEPS) * batch
         assert info["flops"] == info["images"] * seed["flops"] // seed["images"]
+        last = rows(seeded, f"expert-{shard}")[-1]
+        assert (last["images"], last["flops"]) == (str(info["images"]), str(info["flops"]))
         assert info["init"] == sha256_of(model_of(seeded, "seed"))
         assert info["init_shard"] == "seed"
         assert info["init_images"] == seed["images"]
