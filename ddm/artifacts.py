@@ -128,11 +128,8 @@ def load(path, device="cpu", dtype=torch.float32):
     with safe_open(path, framework="pt", device=str(device)) as f:
         # one by one: never twice on the device
         for name in model.state_dict():
-            weight = f.get_tensor(name).to(torch.float32 if name in exact else dtype)
-            if not weight.isfinite().all():
-                raise ValueError(f"{path} is damaged, its weights {name} are not finite: copy it "
-                                 f"again, or train it again")
-            weights[name] = weight
+            weight = _finite(f, path, name)
+            weights[name] = weight.to(torch.float32 if name in exact else dtype)
 
     # assign: the file's tensors become the weights, and are not copied
     model.load_state_dict(weights, assign=True)
@@ -147,10 +144,22 @@ def add_info(path, **info):
 
 
 def load_raw(path):
-    """The raw weights {name: tensor} of a model's file that has them, as a seed's; else {}."""
+    """The raw weights {name: tensor} of a model's file that has them, as a seed's; else {}.
+
+    ValueError if they are not finite.
+    """
     weights = {}
     with safe_open(path, framework="pt") as f:
         for name in f.keys():
             if name.startswith(RAW):
-                weights[name.removeprefix(RAW)] = f.get_tensor(name)
+                weights[name.removeprefix(RAW)] = _finite(f, path, name)
     return weights
+
+
+def _finite(file, path, name):
+    """A tensor of an open file. ValueError if it is not finite."""
+    weight = file.get_tensor(name)
+    if not weight.isfinite().all():
+        raise ValueError(f"{path} is damaged, its weights {name} are not finite: copy it again, or "
+                         f"train it again")
+    return weight

@@ -464,7 +464,8 @@ def announce(engine, checkpoints, images):
     if engine.step >= engine.train.steps:
         # it may have been killed before it could say so
         mark(checkpoints.folder, FINISHED, engine.step, begins=True)
-        print(f"{engine.name} is finished at step {engine.step}; a larger --train.steps would go "
+        more = "seed_steps" if engine.name == "expert-seed" else "steps"
+        print(f"{engine.name} is finished at step {engine.step}; a larger --train.{more} would go "
               f"on")
     else:
         mark(checkpoints.folder, UNFINISHED, engine.step, begins=True)

@@ -73,8 +73,10 @@ def read_initial(path, shape, space, objective, flow_path):
 
     for role, ours in space.info.items():
         if encoders.identity(info[role]) != encoders.identity(ours):
-            raise UserError(f"{path} was trained with another {role} ({encoders.label(info[role])} "
-                            f"/ {encoders.label(ours)}): its weights mean nothing there")
+            network = "text encoder" if role == "text" else role
+            raise UserError(f"{path} was trained with another {network} "
+                            f"({encoders.label(info[role])} / {encoders.label(ours)}): its weights "
+                            f"mean nothing here")
     if (info["objective"], info["path"]) != (objective, flow_path):
         raise UserError(f"{path} predicts {info['objective']} on the {info['path']} path, what is "
                         f"trained here {objective} on the {flow_path} path")
@@ -106,12 +108,19 @@ def read_seed(run_dir, steps, shape, space, objective, flow_path):
     if not info.get("raw"):
         raise UserError(f"{path} is no seed, it has EMA weights alone: begin with it by --init "
                         f"{path} --train.seed_steps 0")
-    if info["step"] != steps:
-        raise UserError(f"{path} has made {info['step']} steps, train.seed_steps is {steps}: train "
-                        f"it to that with --shard seed, or copy that one here")
+    made = info["step"]
+    if made < steps:
+        raise UserError(f"{path} has made {made} steps, train.seed_steps is {steps}: train it on "
+                        f"with --shard seed, or copy that one here")
+    if made > steps:
+        raise UserError(f"{path} has made {made} steps, train.seed_steps is {steps}: give "
+                        f"--train.seed_steps {made}, or copy one of {steps} steps here")
 
     initial.ema = initial.weights
-    initial.weights = artifacts.load_raw(path)
+    try:
+        initial.weights = artifacts.load_raw(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     initial.step = steps
     initial.shard = "seed"
     return initial
