@@ -2,22 +2,26 @@
 
     python bench/claim.py runs/claim --lengths 800 3200 12800 --arms monolith k4 k4-seed50
 
-    # steps of claim.sh: the best learning rate of an arm; a tar in two halves
+    # steps of claim.sh: the best learning rate of an arm; a tar in two halves; a monolith in the
+    # run folder of other clusters
     python bench/claim.py --choose runs/claim/lr --arm k4 --rates 1e-3 2e-3 4e-3
     python bench/claim.py --halve CIFAR/00009.tar FOLDER
+    python bench/claim.py --adopt runs/claim/800/monolith-0/experts/all.safetensors RUN
 
 reads   RUNS/LENGTH/ARM-SEED/{loss,samples-*}/models.json and its samples, RUNS/classifier
 writes  RUNS/claim.md, RUNS/claim.png, RUNS/claim_by_t.png; RUNS/judged.json, what the classifier
         sees in the samples, kept for the next call
 
 Whatever arms, lengths and seeds are there are shown. Differences are to the monolith of the same
-seed and length, on the same images and noise; +- is the standard deviation over seeds.
+seed and length, on the same images and noise; +- is the standard deviation over seeds, and "of the
+images" one standard error over images, paired.
 """
 import argparse
 import glob
 import json
 import os
 import re
+import shutil
 import statistics
 import sys
 import tarfile
@@ -33,7 +37,10 @@ from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from data import TarDataset, square
+from ddm import artifacts
 from ddm.report import markdown, spaces_of
+from ddm.run import read_clusters
 
 STRATEGIES = ("full", "top-1", "top-2", "oracle")
 
@@ -45,6 +52,8 @@ class Arm:
     length: int
     # seed -> evaluate.py's result of its validation loss
     losses: dict = field(default_factory=dict)
+    # seed -> that of the monolith at this length
+    monoliths: dict = field(default_factory=dict)
     # (strategy, guidance scale) -> seed -> the row of evaluate.py's table
     rows: dict = field(default_factory=dict)
 
@@ -57,10 +66,19 @@ def main():
     if args.halve:
         halve(*args.halve)
         return
+    if args.adopt:
+        adopt(*args.adopt)
+        return
 
     arms = [read_arm(args.runs, name, length) for length in args.lengths for name in args.arms]
     arms = [arm for arm in arms if arm.losses]
-    parts = [rates_table(args.runs), loss_table(arms), hours_table(arms), samples_table(arms)]
+    monoliths = {arm.length: arm.losses for arm in arms if arm.name == "monolith"}
+    for arm in arms:
+        arm.monoliths = monoliths.get(arm.length, {})
+    if not arms:
+        return
+    parts = [rates_table(args.runs), loss_table(arms), hours_table(arms),
+             samples_table(arms, args.runs, args.validation)]
     parts += [why_tables(arm) for arm in arms if arm.length == args.lengths[-1]]
     parts.append(calibration_table(args.runs))
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -81,6 +99,8 @@ def read_arguments():
     parser.add_argument("--arm")
     parser.add_argument("--rates", nargs="+")
     parser.add_argument("--halve", nargs=2, metavar=("TAR", "FOLDER"))
+    parser.add_argument("--adopt", nargs=2, metavar=("FILE", "RUN"))
+    parser.add_argument("--validation", metavar="TAR")
     return parser.parse_args()
 
 
@@ -113,6 +133,14 @@ def halve(tar, folder):
                     if member.name.split(".")[0] in chosen:
                         target.addfile(member, source.extractfile(member))
             os.rename(f"{path}.tmp", path)
+
+
+def adopt(path, run):
+    """Copies a monolith into a run of another clustering of the same images."""
+    target = os.path.join(run, "experts", "all.safetensors")
+    shutil.copyfile(path, f"{target}.tmp")
+    artifacts.add_info(f"{target}.tmp", fingerprint=read_clusters(run)["fingerprint"])
+    os.rename(f"{target}.tmp", target)
 
 
 # ---- what there is -------------------------------------------------------------------------------
@@ -155,18 +183,22 @@ def read_samples(runs, folder):
     return row | {"right": judged[name]}
 
 
-@torch.no_grad()
 def share_right(classifier, folder):
-    """The share of samples in which the classifier of bench/classifier.py sees their class."""
+    """The share of samples that show their class, as share_right_of sees it."""
+    with np.load(glob.glob(os.path.join(folder, "*.npz"))[0]) as arrays:
+        return share_right_of(classifier, arrays["arr_0"], arrays["arr_1"])
+
+
+@torch.no_grad()
+def share_right_of(classifier, images, classes):
+    """The share of images [N,S,S,3] in which bench/classifier.py's network sees their class [N]."""
     # only this needs it
     from transformers import ResNetForImageClassification
 
     with open(os.path.join(classifier, "preprocessor_config.json")) as f:
         size = json.load(f)["size"]["shortest_edge"]
     network = ResNetForImageClassification.from_pretrained(classifier).eval()
-    with np.load(glob.glob(os.path.join(folder, "*.npz"))[0]) as arrays:
-        images = arrays["arr_0"]
-        classes = torch.from_numpy(arrays["arr_1"])
+    classes = torch.from_numpy(classes)
 
     right = 0
     for first in range(0, len(images), 250):
@@ -182,11 +214,21 @@ def share_right(classifier, folder):
 def relative(arm, strategy):
     """How much the loss is above the monolith's, in percent, of each seed."""
     found = []
-    for result in arm.losses.values():
+    for ours, theirs in pairs(arm, strategy):
+        found.append(100 * (ours["mean"] / theirs["mean"] - 1))
+    return found
+
+
+def pairs(arm, strategy):
+    """[(the arm's loss, the monolith's)] of each seed that has both, as evaluate.py has them."""
+    name = f"ensemble, {strategy}"
+    if arm.name.startswith("monolith-") and strategy == "full":
+        name = "monolith"
+    found = []
+    for seed, result in arm.losses.items():
         models = result["loss"]["models"]
-        name = f"ensemble, {strategy}"
-        if name in models and "monolith" in models:
-            found.append(100 * (models[name]["mean"] / models["monolith"]["mean"] - 1))
+        if name in models and seed in arm.monoliths:
+            found.append((models[name], arm.monoliths[seed]["loss"]["models"]["monolith"]))
     return found
 
 
@@ -206,7 +248,7 @@ def rates_table(runs):
     rows = {}
     for folder in sorted(glob.glob(os.path.join(runs, "lr", "*", "loss", "done"))):
         name = os.path.basename(os.path.dirname(os.path.dirname(folder)))
-        arm, rate = re.fullmatch(r"(.*?)-(\d+e-\d+)", name).groups()
+        arm, rate = re.fullmatch(r"(.*?)-([\d.]+(?:e-\d+)?)", name).groups()
         rows.setdefault(arm, {"arm": arm})[rate] = f"{rate_loss(f'{runs}/lr', arm, rate):.5f}"
     return f"learning rates: validation loss of short runs\n\n{markdown(list(rows.values()))}"
 
@@ -216,11 +258,15 @@ def loss_table(arms):
     for arm in arms:
         row = {"steps": arm.length, "arm": arm.name, "seeds": len(arm.losses)}
         models = [result["loss"]["models"] for result in arm.losses.values()]
-        if arm.name == "monolith":
+        if arm.name.startswith("monolith"):
             row["loss"] = spread([each["monolith"]["mean"] for each in models], 5)
         for strategy in STRATEGIES:
             name = "own expert" if strategy == "oracle" else strategy
             row[name] = spread(relative(arm, strategy), 2, sign="+")
+        if "ensemble, full" in models[0] and "monolith" in models[0]:
+            errors = [100 * each["ensemble, full"]["difference_error"] / each["monolith"]["mean"]
+                      for each in models]
+            row["full, of the images"] = f"{statistics.mean(errors):.2f}"
         rows.append(row)
     return f"validation loss, percent above the monolith's\n\n{markdown(rows)}"
 
@@ -229,7 +275,7 @@ def hours_table(arms):
     rows = []
     for arm in arms:
         ledgers = [result["ledger"] for result in arm.losses.values()]
-        model = "monolith" if arm.name == "monolith" else "ensemble"
+        model = "monolith" if arm.name.startswith("monolith") else "ensemble"
         hours = [each[model]["device_hours"] for each in ledgers if model in each]
         flops = [each[model]["flops"] / each["monolith"]["flops"] for each in ledgers
                  if model in each]
@@ -239,27 +285,44 @@ def hours_table(arms):
     return f"training cost\n\n{markdown(rows)}"
 
 
-def samples_table(arms):
+def samples_table(arms, runs, validation):
     rows = []
     for arm in arms:
         for (strategy, cfg), by_seed in sorted(arm.rows.items(), key=lambda item: item[0][::-1]):
             measured = list(by_seed.values())
             space = spaces_of(measured[0])[0]
             row = {"steps": arm.length, "arm": arm.name,
-                   "strategy": "" if arm.name == "monolith" else strategy, "guidance": f"{cfg:g}",
-                   "seeds": len(measured),
+                   "strategy": "" if arm.name.startswith("monolith") else strategy,
+                   "guidance": f"{cfg:g}", "seeds": len(measured),
                    "MFLOPs an image": f"{1000 * measured[0]['gflops_per_image']:.0f}"}
             row[space] = spread([each[space]["frechet_distance"] for each in measured], 2)
             row["precision"] = spread([each[space]["precision"] for each in measured], 3)
             row["recall"] = spread([each[space]["recall"] for each in measured], 3)
             row["right class"] = spread([100 * each["right"] for each in measured], 1)
             rows.append(row)
-    return f"samples\n\n{markdown(rows)}" if rows else ""
+    if not rows:
+        return ""
+    real = share_right_of(os.path.join(runs, "classifier"), *real_images(validation, arms[0]))
+    return (f"samples\n\n{markdown(rows)}\n\nright class: of the real held-out images, at this "
+            f"size, {100 * real:.1f}%")
+
+
+def real_images(validation, arm):
+    """-> (the held-out images [N,S,S,3] uint8 at the arm's size, their classes [N])."""
+    size = next(iter(arm.losses.values()))["reference"]["size"]
+    data = TarDataset([validation], size, "class", classes=1000)
+    images = []
+    classes = []
+    for i in range(len(data)):
+        image, label, _ = data.sample(i)
+        images.append(square(image, size))
+        classes.append(label)
+    return np.stack(images), np.array(classes)
 
 
 def why_tables(arm):
     """What evaluate.py says of why, as the mean over seeds; clusters of the first seed."""
-    if arm.name == "monolith":
+    if arm.name.startswith("monolith"):
         return ""
     whys = [result["why"] for result in arm.losses.values()]
     rows = []
@@ -337,13 +400,12 @@ def draw_by_t(arms, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     for axis, strategy in zip(axes, ("full", "oracle"), strict=True):
         for arm in arms:
-            if arm.length != longest or not relative(arm, strategy):
+            if arm.length != longest or arm.name == "monolith" or not relative(arm, strategy):
                 continue
             by_seed = []
-            for result in arm.losses.values():
-                models = result["loss"]["models"]
-                ours = np.array(models[f"ensemble, {strategy}"]["by_t"])
-                by_seed.append(100 * (ours / np.array(models["monolith"]["by_t"]) - 1))
+            for ours, theirs in pairs(arm, strategy):
+                ratio = np.array(ours["by_t"]) / np.array(theirs["by_t"])
+                by_seed.append(100 * (ratio - 1))
             times = (np.arange(len(by_seed[0])) + 0.5) / len(by_seed[0])
             errors = np.std(by_seed, axis=0, ddof=1) if len(by_seed) > 1 else None
             style = "--" if arm.name.startswith("random") else "-"

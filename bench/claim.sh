@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Does the ensemble beat the monolith at equal compute, and from which length of training on? One
 # monolith; K experts and a router from random weights, as in the paper; K experts from a seed that
-# has made a share of all steps; the same with random clusters. Each at several lengths and with
-# several seeds, at the learning rate that was the best of three on a short run.
+# has made a share of all steps; the same with random clusters; the monolith from such a seed. Each
+# at several lengths and with several seeds, at the learning rate that was the best of three on a
+# run of SHORT steps. The rate decays over the last quarter of the steps.
 #
 #     # all of it: a day and a half on 2 cores
 #     bash bench/claim.sh 'CIFAR/0000[0-8].tar' CIFAR/00009.tar runs/claim
@@ -12,11 +13,11 @@
 #     bash bench/claim.sh TRAIN VALIDATION RUNS --data.size 32 --model.dim 128
 #
 # LENGTHS are steps of 128 images. SEEDS: at all lengths; LONG_SEEDS: at lengths over 3200. ARMS:
-# monolith, KIND or KIND-seedP, where KIND is kK or randomK for K clusters and P the seed's share of
-# the steps in percent. Samples are drawn by top-1 at each length; at the last one by all of
-# STRATEGIES, of the GUIDED arms also with each of CFGS. SAMPLES a row. JOBS at a time, a CPU core
-# each. Killed at any time and started again, it goes on: trainings resume, what is finished is not
-# done again.
+# monolith, kK or randomK for K clusters, and each with -seedP, P the seed's share of the steps in
+# percent. Arms share a learning rate where they differ in P or in random clusters alone. Samples
+# are drawn by top-1 at each length; at the last one by all of STRATEGIES, of the GUIDED arms also
+# with each of CFGS. SAMPLES a row. JOBS at a time, a CPU core each. Killed at any time and started
+# again, it goes on: trainings resume, what is finished is not done again. Paths have no spaces.
 #
 # reads   TRAIN and VALIDATION, tars of 32-pixel images with classes
 # writes  RUNS/clusters/KIND-SEED, RUNS/seeds/STEPS-SEED and, for each arm, a run folder
@@ -34,20 +35,29 @@ FLAGS=$*
 LENGTHS=${LENGTHS:-800 3200 12800}
 SEEDS=${SEEDS:-0 1 2}
 LONG_SEEDS=${LONG_SEEDS:-0 1}
-ARMS=${ARMS:-monolith k4 k4-seed10 k4-seed25 k4-seed50 k4-seed75 random4 random4-seed50 k8 k8-seed50}
-LRS=${LRS:-2e-3 4e-3 8e-3}
+ARMS=${ARMS:-monolith k4 k4-seed10 k4-seed25 k4-seed50 k4-seed75 monolith-seed50
+    random4 random4-seed50 k8 k8-seed50}
+ARMS=$(echo $ARMS)
+LRS=${LRS:-4e-3 8e-3 16e-3}
+SHORT=${SHORT:-3200}
 SAMPLES=${SAMPLES:-2500}
 STRATEGIES=${STRATEGIES:-full top-1 top-2 once}
 GUIDED=${GUIDED:-monolith k4 k4-seed50}
 CFGS=${CFGS:-1.5 2 3}
 JOBS=${JOBS:-2}
-# of the choice of learning rates
-SHORT=${LENGTHS%% *}
 LAST=${LENGTHS##* }
 FIRST=${SEEDS%% *}
 
 cd "$(dirname "$0")/.."
 if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=1; fi
+
+# a killed one may have left trainings behind, which hold the lock until they have ended
+exec 9> "$RUNS/lock"
+flock -n 9 || { echo "error: another claim.sh is at work in $RUNS" >&2; exit 1; }
+trap 'trap - TERM; kill 0' INT TERM
+[ -e "$RUNS/flags" ] || echo "$FLAGS" > "$RUNS/flags"
+[ "$FLAGS" = "$(cat "$RUNS/flags")" ] ||
+    { echo "error: $RUNS was begun with the flags $(cat "$RUNS/flags")" >&2; exit 1; }
 
 # ---- the parts, each done once ----
 
@@ -94,14 +104,25 @@ folder() {
     ln -sfn "$base/clusters.safetensors" "$run/clusters.safetensors"
     cp "$base/config.toml" "$run/config.new"
     set_key "$run/config.new" train steps "$steps"
-    set_key "$run/config.new" train decay $((steps / 2))
+    set_key "$run/config.new" train decay $((steps / 4))
     set_key "$run/config.new" train lr "$lr"
     mv "$run/config.new" "$run/config.toml"
 }
 
+# The arm whose learning rate an ARM has: of all shares that of a half, of random clusters k-means'.
+rate_arm() {
+    local base=${1%-seed*}
+    base=${base/random/k}
+    case $1 in
+        monolith*) echo monolith;;
+        *-seed*) echo "$base-seed50";;
+        *) echo "$base";;
+    esac
+}
+
 # The learning rate of an ARM, once it has been chosen.
 rate() {
-    awk -v arm="$1" '$1 == arm { print $2 }' "$RUNS/lr/chosen"
+    awk -v arm="$(rate_arm "$1")" '$1 == arm { print $2 }' "$RUNS/lr/chosen"
 }
 
 # A seed of so many steps: train_seed STEPS SEED. It resumes from the longest shorter one.
@@ -133,7 +154,7 @@ open_arm() {
 # Prints the trainings of an arm: of its experts, or of the monolith.
 trainings() {
     local run=$1 arm=$2 kind k
-    if [ "$arm" = monolith ]; then
+    if [ "${arm%-seed*}" = monolith ]; then
         echo "train_expert.py --run-dir $run --shard all"
         return
     fi
@@ -143,12 +164,23 @@ trainings() {
     done
 }
 
-# Links what an arm is evaluated with: its monolith, and the router of its clusters.
+# Brings what an arm is evaluated with, and the logs of what it has cost: the router of its
+# clusters, its seed's log, and its monolith, if that is there yet.
 complete() {
-    local run=$1 arm=$2 seed=$3 steps=$4
-    if [ "$arm" = monolith ]; then return; fi
-    ln -sfn "$RUNS/$steps/monolith-$seed/experts/all.safetensors" "$run/experts/"
-    ln -sfn "$RUNS/$steps/router/$(kind "$arm")-$seed/router.safetensors" "$run/"
+    local run=$1 arm=$2 seed=$3 steps=$4 seed_steps router monolith=$RUNS/$4/monolith-$3
+    seed_steps=$((steps * $(share "$arm") / 100))
+    if [ $seed_steps != 0 ]; then
+        ln -sfn "$RUNS/seeds/$seed_steps-$seed/logs/expert-seed.csv" "$run/logs/"
+    fi
+    if [ "${arm%-seed*}" = monolith ]; then return; fi
+    router=$RUNS/$steps/router/$(kind "$arm")-$seed
+    ln -sfn "$router/router.safetensors" "$run/"
+    ln -sfn "$router/logs/router.csv" "$run/logs/"
+    if [ -e "$monolith/experts/all.safetensors" ]; then
+        ln -sfn "$monolith/logs/expert-all.csv" "$run/logs/"
+        # it knows no clusters, and was trained in the folder of others
+        python bench/claim.py --adopt "$monolith/experts/all.safetensors" "$run"
+    fi
 }
 
 # evaluate RUN NAME FLAGS...: results in RUN/NAME. What is known of the images is shared by all.
@@ -165,7 +197,7 @@ evaluate() {
 # Samples of one model: sample_arm RUN ARM STRATEGY CFG.
 sample_arm() {
     local run=$1 arm=$2 strategy=$3 cfg=$4 model=ensemble
-    if [ "$arm" = monolith ]; then model=monolith; fi
+    if [ "${arm%-seed*}" = monolith ]; then model=monolith; fi
     evaluate "$run" "samples-$strategy-$cfg" --models $model --loss-images 0 --npz \
         --features "$RUNS/classifier" --samples "$SAMPLES" --solver ab2 --steps 20 \
         --strategy "$strategy" --cfg "$cfg"
@@ -175,7 +207,7 @@ sample_arm() {
 samplings() {
     local steps=$1 arm=$2 seed=$3 run=$RUNS/$1/$2-$3 strategies=top-1 cfgs=1 strategy cfg
     if [ "$steps" = "$LAST" ]; then
-        if [ "$arm" != monolith ]; then strategies=$STRATEGIES; fi
+        if [ "${arm%-seed*}" != monolith ]; then strategies=$STRATEGIES; fi
         case " $GUIDED " in *" $arm "*) cfgs="1 $CFGS";; esac
     fi
     for strategy in $strategies; do
@@ -188,13 +220,13 @@ samplings() {
 calibrate() {
     local arm=$1 seed=$2 run=$RUNS/calibrated/$1-$2 half=$RUNS/calibrated/halves
     if [ -e "$run/done" ]; then return; fi
-    mkdir -p "$run"
-    cp -r "$RUNS/$LAST/router/$(kind "$arm")-$seed/." "$run/"
+    rm -rf "$run"
+    cp -r "$RUNS/$LAST/router/$(kind "$arm")-$seed" "$run"
     rm -rf "$run/experts"
     ln -sfn "$RUNS/$LAST/$arm-$seed/experts" "$run/experts"
     python train_router.py --run-dir "$run" --calibrate "$half/fit.tar"
     for on in true false; do
-        VALIDATION=$half/test.tar evaluate "$run" "loss-$on" --samples 0 --loss-images 1000 \
+        VALIDATION=$half/test.tar evaluate "$run" "loss-$on" --samples 0 --loss-images 2500 \
             --router-calibration $on
         for strategy in full top-1 top-2 once; do
             evaluate "$run" "samples-$strategy-$on" --models ensemble --loss-images 0 \
@@ -211,12 +243,13 @@ at_a_time() {
 }
 
 export TRAIN VALIDATION RUNS FLAGS LAST SAMPLES
-export -f kind share set_key cluster folder rate train_seed open_arm trainings complete evaluate
-export -f sample_arm calibrate
+export -f kind share set_key cluster folder rate_arm rate train_seed open_arm trainings complete
+export -f evaluate sample_arm calibrate
 
 # ---- the experiment ----
 
-kinds=$(for arm in $ARMS; do kind "$arm"; done | sort -u)
+# the monolith's, of which seeds are trained too, is among them
+kinds=$(for arm in monolith $ARMS; do kind "$arm"; done | sort -u)
 mkdir -p "$RUNS/lr" "$RUNS/seeds"
 [ -e "$RUNS/classifier" ] ||
     python bench/classifier.py "$TRAIN" "$VALIDATION" "$RUNS/classifier"
@@ -240,7 +273,7 @@ prepare() {
 # of the monolith, with which seeds are trained.
 choose_rates() {
     local arm lr run
-    for arm in monolith $ARMS; do
+    for arm in monolith $(for arm in $ARMS; do rate_arm "$arm"; done | sort -u); do
         if [ -n "$(rate "$arm")" ]; then continue; fi
         if [ "$(share "$arm")" != 0 ]; then
             train_seed $((SHORT * $(share "$arm") / 100)) "$FIRST"
@@ -251,11 +284,16 @@ choose_rates() {
             trainings "$run" "$arm" | sed 's/^/python /'
         done | at_a_time
         for lr in $LRS; do
+            mkdir -p "$RUNS/lr/$arm-$lr/logs"
             complete "$RUNS/lr/$arm-$lr" "$arm" "$FIRST" "$SHORT"
             echo "evaluate $RUNS/lr/$arm-$lr loss --samples 0 --loss-images 500 --seed 1"
         done | at_a_time
         python bench/claim.py --choose "$RUNS/lr" --arm "$arm" --rates $LRS >> "$RUNS/lr/chosen"
     done
+}
+
+draw() {
+    python bench/claim.py "$RUNS" --lengths $LENGTHS --arms $ARMS --validation "$VALIDATION"
 }
 
 touch "$RUNS/lr/chosen"
@@ -274,6 +312,12 @@ for steps in $LENGTHS; do
     done
     for seed in $seeds; do
         for arm in $ARMS; do
+            short=$RUNS/lr/$arm-$(rate "$arm")
+            # that one is trained already
+            if [ "$steps-$seed" = "$SHORT-$FIRST" ] && [ -e "$short" ]; then
+                [ -e "$RUNS/$steps/$arm-$seed" ] || cp -r "$short" "$RUNS/$steps/$arm-$seed"
+                rm -rf "$RUNS/$steps/$arm-$seed/loss"
+            fi
             open_arm "$RUNS/$steps/$arm-$seed" "$arm" "$seed" "$steps" "$(rate "$arm")"
             trainings "$RUNS/$steps/$arm-$seed" "$arm" | sed 's/^/python /'
         done
@@ -281,18 +325,19 @@ for steps in $LENGTHS; do
     for seed in $seeds; do
         for arm in $ARMS; do
             complete "$RUNS/$steps/$arm-$seed" "$arm" "$seed" "$steps"
-            echo "evaluate $RUNS/$steps/$arm-$seed loss --samples 0 --loss-images 1000"
+            echo "evaluate $RUNS/$steps/$arm-$seed loss --samples 0 --loss-images 2500"
             samplings "$steps" "$arm" "$seed"
         done
     done | at_a_time
-    python bench/claim.py "$RUNS" --lengths $LENGTHS --arms $ARMS
+    draw
 done
 
 mkdir -p "$RUNS/calibrated/halves"
 python bench/claim.py --halve "$VALIDATION" "$RUNS/calibrated/halves"
-for seed in $LONG_SEEDS; do
-    for arm in $GUIDED; do
-        [ "$arm" = monolith ] || echo "calibrate $arm $seed"
+# the last length's
+for seed in $seeds; do
+    for arm in $ARMS; do
+        case " ${GUIDED//monolith/} " in *" $arm "*) echo "calibrate $arm $seed";; esac
     done
 done | at_a_time
-python bench/claim.py "$RUNS" --lengths $LENGTHS --arms $ARMS
+draw
