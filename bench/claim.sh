@@ -151,6 +151,15 @@ open_arm() {
     fi
 }
 
+# Copies an arm of the short runs, without what was measured: take_over FROM TO.
+take_over() {
+    if [ ! -e "$1" ] || [ -e "$2" ]; then return; fi
+    rm -rf "$2.new"
+    cp -r "$1" "$2.new"
+    rm -rf "$2.new/loss"
+    mv "$2.new" "$2"
+}
+
 # Prints the trainings of an arm: of its experts, or of the monolith.
 trainings() {
     local run=$1 arm=$2 kind k
@@ -312,11 +321,9 @@ for steps in $LENGTHS; do
     done
     for seed in $seeds; do
         for arm in $ARMS; do
-            short=$RUNS/lr/$arm-$(rate "$arm")
-            # that one is trained already
-            if [ "$steps-$seed" = "$SHORT-$FIRST" ] && [ -e "$short" ]; then
-                [ -e "$RUNS/$steps/$arm-$seed" ] || cp -r "$short" "$RUNS/$steps/$arm-$seed"
-                rm -rf "$RUNS/$steps/$arm-$seed/loss"
+            # of that length, seed and rate one is trained already
+            if [ "$steps-$seed" = "$SHORT-$FIRST" ]; then
+                take_over "$RUNS/lr/$arm-$(rate "$arm")" "$RUNS/$steps/$arm-$seed"
             fi
             open_arm "$RUNS/$steps/$arm-$seed" "$arm" "$seed" "$steps" "$(rate "$arm")"
             trainings "$RUNS/$steps/$arm-$seed" "$arm" | sed 's/^/python /'
