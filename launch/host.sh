@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What ssh.sh asks of a host, in the folder that it has sent there, about one training: WHAT as for
 # node.sh, RUN its run directory. Needs bash, tar, flock and coreutils, and make for the first
-# start. The seed's weights are brought to RUN/experts/seed.safetensors of the machine that asks, and
-# from there to the hosts of the experts.
+# start. The seed's weights are brought to RUN/experts/seed.safetensors of the machine that asks,
+# and from there to the hosts of the experts.
 #
 #     launch/host.sh list RUN WHAT               the files that it needs, each with size and time
 #     launch/host.sh start RUN WHAT [FLAGS]      starts it unless it runs; says how it stands

@@ -218,8 +218,9 @@ check_line() {
     case $what in
         all|student) ;;
         *)  [ -n "$what" ] && [ -d "$run/shards/$shard" ] ||
-                mistake "$hosts: '$host $what' should be HOST WHAT [FOLDER], WHAT one of:" \
-                    "$(ls "$run/shards" | tr '\n' ' ')all student, and seed if router is";;
+                mistake "$hosts: '$host $what' should be HOST WHAT [FOLDER]," \
+                    "WHAT one of: $(ls "$run/shards" | tr '\n' ' ')all student;" \
+                    "or seed, which needs shards/router";;
     esac
     case $folder in
         *[!A-Za-z0-9_./~-]*) mistake "$hosts: $folder must be a plain path, as it is on $host";;
@@ -252,7 +253,7 @@ read_hosts() {
 # Prints train.seed_steps: the flags' or else the config's, where router and student have 0 alone.
 seed_steps() {
     local steps flag before=''
-    steps=$(grep -Eo '^ *seed_steps *= *[1-9][0-9]*' "$run/config.toml" | tr -dc 0-9) || true
+    steps=$(grep -Eos '^ *seed_steps *= *[1-9][0-9]*' "$run/config.toml" | tr -dc 0-9) || true
     for flag in "${flags[@]}"; do
         [ "$before" != --train.seed_steps ] || steps=$flag
         before=$flag
