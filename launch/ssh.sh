@@ -99,7 +99,6 @@ fetch() {
         tar -xo -f "$place.tar" -C "$place" || return
 
     if [ "$1" = results ]; then
-        mkdir -p "$(dirname "$run/$weights")"
         mv "$place/$weights" "$run/$weights" || return
     fi
     cp -R "$place/." "$run/"
@@ -321,6 +320,8 @@ done
 # Beside the results, so that these can be renamed. The looking ends with this script, whatever ends
 # it; the trainings go on.
 scratch=$(mktemp -d "$run/.launch-XXXXXX")
+# here, since of two copies at once that make the same folder one would fail
+mkdir -p "$run"/{experts,logs,samples}
 trainings=()
 trap 'kill -- "${trainings[@]/#/-}" 2> /dev/null || true; wait; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM

@@ -575,6 +575,13 @@ def test_what_git_tracks_is_sent_and_results_come_back(site):
     assert not list(site.run.glob(".launch-*"))
 
 
+def test_no_copy_of_results_makes_a_folder_that_another_may(site):
+    (site.bin / "cp").unlink()
+    before = "for folder in logs samples; do [ -d runs/mine/$folder ] || exit 1; done"
+    program(site.bin / "cp", f'#!/bin/sh\n{before}\nexec {shutil.which("cp")} "$@"\n')
+    assert site.launch(site.line).returncode == 0
+
+
 def test_a_folder_that_is_no_repository_is_named(site):
     shutil.rmtree(site.here / ".git")
     done = site.launch(site.line)
