@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # What ssh.sh asks of a host, in the folder that it has sent there, about one training: WHAT as for
-# node.sh, RUN its run directory. Needs bash, tar, flock and coreutils, and make for the first start.
+# node.sh, RUN its run directory. Needs bash, tar, flock and coreutils, and make for the first
+# start. The seed's weights are brought to RUN/experts/seed.safetensors of the machine that asks,
+# and from there to the hosts of the experts.
 #
 #     launch/host.sh list RUN WHAT               the files that it needs, each with size and time
 #     launch/host.sh start RUN WHAT [FLAGS]      starts it unless it runs; says how it stands
@@ -27,14 +29,19 @@ exit_code=$run/$name.code       # node.sh's, once it has ended
 
 # Prints "SIZE TIME PATH" of each file that the training needs, as far as it is here.
 list() {
-    local folders folder file files=() i
+    local folders folder named file files=() i
+    named=("$run/config.toml" "$run/clusters.safetensors")
     case $what in
         all|student) folders=("$run"/{shards,latents}/[0-9]*);;
+        seed)        folders=("$run"/{shards,latents}/router);;
         *)           folders=("$run"/{shards,latents}/"$what");;
     esac
-    [ "$what" != student ] || folders+=("$run/experts")
+    case $what in
+        student)    folders+=("$run/experts");;
+        all|[0-9]*) named+=("$run/experts/seed.safetensors");;
+    esac
 
-    for file in "$run/config.toml" "$run/clusters.safetensors"; do
+    for file in "${named[@]}"; do
         [ ! -e "$file" ] || files+=("$file")
     done
     for folder in "${folders[@]}"; do

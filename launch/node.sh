@@ -2,6 +2,7 @@
 # One training on one node, whatever starts it: a shell, a container, slurm.sbatch, ssh.sh.
 #
 #     launch/node.sh 3 --run-dir runs/laion --train.lr 2e-4       # expert 3
+#     launch/node.sh seed                                         # what experts begin with
 #     launch/node.sh all                                          # the monolith, of runs/ddm
 #     launch/node.sh router
 #     launch/node.sh student
@@ -33,8 +34,9 @@ read_what() {
     case ${1:-} in
         router)      name=router    stage=("$root/train_router.py");;
         student)     name=student   stage=("$root/distill.py");;
-        all)         name=expert-all stage=("$root/train_expert.py" --shard all);;
-        ''|*[!0-9]*) mistake "launch/node.sh '${1:-}': give an expert's number, all, router or student";;
+        all|seed)    name=expert-$1 stage=("$root/train_expert.py" --shard "$1");;
+        ''|*[!0-9]*) mistake "launch/node.sh '${1:-}': give an expert's number," \
+                         "all, seed, router or student";;
         *)           name=expert-$1 stage=("$root/train_expert.py" --shard "$1");;
     esac
 }

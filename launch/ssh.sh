@@ -3,26 +3,29 @@
 #
 #     launch/ssh.sh runs/laion hosts.txt [--train.lr 2e-4 ...]      # after cluster.py
 #
-# hosts.txt has a line for each training, HOST WHAT [FOLDER]: WHAT is an expert's number, all, router
-# or student, FOLDER is where to work (default: nanoddm in the home folder).
+# hosts.txt has a line for each training, HOST WHAT [FOLDER]: WHAT is an expert's number, all, seed,
+# router or student, FOLDER is where to work (default: nanoddm in the home folder).
 #
 #     alice@198.51.100.7  0
 #     gpu2                1     /scratch/nanoddm
 #     gpu3                router
 #
 # Flags go to the training scripts. It sends to each host what git tracks here and its part of the
-# run, starts launch/node.sh there, starts it again when it has stopped, and brings the weights back.
-# A training is its host's own: where the link or this script dies, it goes on. Run this again at any
-# time: what is there is not sent again, what trains is left alone, what has stopped is resumed, what
-# is finished is fetched.
+# run, starts launch/node.sh there, starts it again when it has stopped, and brings the weights
+# back. A training is its host's own: where the link or this script dies, it goes on. Run this again
+# at any time: what is there is not sent again, what trains is left alone, what has stopped is
+# resumed, what is finished is fetched.
+#
+# With a line for the seed, experts and monolith are sent and started when its weights are here, the
+# router at once. A seed that is here is not trained again.
 #
 # This machine needs Linux, ssh, which must ask for no password, tar and git; a host needs bash, tar
 # and flock, and make and Python 3.11 to install the packages.
 #
 # reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/K and RUN/latents/K
-#         (for student also RUN/experts)
-# writes  RUN/experts/K.safetensors, RUN/router.safetensors, RUN/student.safetensors; RUN/logs,
-#         RUN/samples
+#         (for student also RUN/experts), RUN/experts/seed.safetensors
+# writes  RUN/experts/K.safetensors (seed.safetensors, too), RUN/router.safetensors,
+#         RUN/student.safetensors; RUN/logs, RUN/samples
 set -euo pipefail
 
 EVERY=${EVERY:-60}      # seconds between two looks at a host
@@ -96,7 +99,6 @@ fetch() {
         tar -xo -f "$place.tar" -C "$place" || return
 
     if [ "$1" = results ]; then
-        mkdir -p "$(dirname "$run/$weights")"
         mv "$place/$weights" "$run/$weights" || return
     fi
     cp -R "$place/." "$run/"
@@ -137,6 +139,12 @@ reach() {
 # Starts it and watches it to its end.
 train() {
     local tries=0 before=''
+    # experts may have begun with it, and would not take another
+    if [ "$what" = seed ] && [ -e "$run/$weights" ]; then
+        say "not trained, $run/$weights is here"
+        return 0
+    fi
+
     unreached="not reached, trying again"
     reach ship || return 1
     reach start || return 1
@@ -169,6 +177,27 @@ give_up() {
     say "$1, see $run/logs/$name.log: $(grep -is '^error' "$run/logs/$name.log" | tail -n 1)"
 }
 
+# Starts the trainings of lines, in a process group each, to end with its ssh and tar.
+begin() {
+    local line
+    for line in "$@"; do
+        read_line "$line"
+        set -m
+        train < /dev/null &
+        set +m
+        trainings+=($!)
+    done
+}
+
+# Waits for trainings, and sets failed, the number of those that are not finished.
+await() {
+    local training
+    failed=0
+    for training in "$@"; do
+        wait "$training" || failed=$((failed + 1))
+    done
+}
+
 # ---- mistakes are found before anything is sent ----
 
 # Sets host, what and folder from a line of hosts.txt, and what follows from them.
@@ -182,11 +211,15 @@ read_line() {
 }
 
 check_line() {
+    local shard=$what
+    # the seed has the router's images
+    [ "$what" != seed ] || shard=router
     case $what in
         all|student) ;;
-        *)  [ -n "$what" ] && [ -d "$run/shards/$what" ] ||
+        *)  [ -n "$what" ] && [ -d "$run/shards/$shard" ] ||
                 mistake "$hosts: '$host $what' should be HOST WHAT [FOLDER]," \
-                    "WHAT one of: $(ls "$run/shards" | tr '\n' ' ')all student";;
+                    "WHAT one of: $(ls "$run/shards" | tr '\n' ' ')all student;" \
+                    "or seed, which needs shards/router";;
     esac
     case $folder in
         *[!A-Za-z0-9_./~-]*) mistake "$hosts: $folder must be a plain path, as it is on $host";;
@@ -194,17 +227,47 @@ check_line() {
 }
 
 # Sets lines, those of hosts.txt, whatever an editor has made of it: without carriage returns, byte
-# order marks, and the null bytes of UTF-16.
+# order marks, and the null bytes of UTF-16. And the same in three parts: seeds, heirs (which begin
+# with the seed) and others.
 read_hosts() {
     local line
     lines=()
+    seeds=()
+    heirs=()
+    others=()
     while read -r line || [ -n "$line" ]; do
         case $line in ''|'#'*) continue;; esac
         read_line "$line"
         check_line
         lines+=("$line")
+        case $what in
+            seed)           seeds+=("$line");;
+            router|student) others+=("$line");;
+            *)              heirs+=("$line");;
+        esac
     done < <(LC_ALL=C tr -d '\000\r\357\273\277\376\377' < "$hosts")
     [ ${#lines[@]} -gt 0 ] || mistake "$hosts names no host"
+}
+
+# Prints train.seed_steps: the flags' or else the config's, where router and student have 0 alone.
+seed_steps() {
+    local steps flag before=''
+    steps=$(grep -Eos '^ *seed_steps *= *[1-9][0-9]*' "$run/config.toml" | tr -dc 0-9) || true
+    for flag in "${flags[@]}"; do
+        [ "$before" != --train.seed_steps ] || steps=$flag
+        before=$flag
+        case $flag in --train.seed_steps=*) steps=${flag#*=};; esac
+    done
+    echo "${steps:-0}"
+}
+
+# A seed that no training could find is a mistake.
+check_seed() {
+    local steps seed=$run/experts/seed.safetensors
+    steps=$(seed_steps)
+    [ "$steps" = 0 ] || [ ${#heirs[@]} = 0 ] || [ ${#seeds[@]} != 0 ] || [ -e "$seed" ] ||
+        mistake "train.seed_steps = $steps, and there is no $seed to begin with:" \
+            "add a line 'HOST seed' to $hosts, or copy it there"
 }
 
 check_hosts() {
@@ -234,7 +297,7 @@ list_tracked() {
     [ -z "$file" ] || echo "warning: not sent, since git does not track it: $file"
 }
 
-[ $# -ge 2 ] || { head -n 25 "$0" | tail -n +2; exit 2; }
+[ $# -ge 2 ] || { head -n 28 "$0" | tail -n +2; exit 2; }
 [ -f "$2" ] || mistake "there is no $2, which should name the hosts"
 run=${1%/}
 hosts=$(realpath "$2")
@@ -248,6 +311,7 @@ esac
 [ -f "$run/clusters.safetensors" ] ||
     mistake "$run has no clusters.safetensors: make it with cluster.py"
 read_hosts
+check_seed
 for program in "${ssh[0]}" tar git; do
     command -v "$program" > /dev/null ||
         mistake "this machine lacks $program, which launch/ssh.sh needs: install it here"
@@ -256,23 +320,29 @@ done
 # Beside the results, so that these can be renamed. The looking ends with this script, whatever ends
 # it; the trainings go on.
 scratch=$(mktemp -d "$run/.launch-XXXXXX")
+# here, since of two copies at once that make the same folder one would fail
+mkdir -p "$run"/{experts,logs,samples}
 trainings=()
 trap 'kill -- "${trainings[@]/#/-}" 2> /dev/null || true; wait; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
 list_tracked
 check_hosts
 
-for line in "${lines[@]}"; do
-    read_line "$line"
-    set -m      # a process group each, to end with its ssh and tar
-    train < /dev/null &
-    set +m
-    trainings+=($!)
-done
+begin "${seeds[@]}"
+seedings=("${trainings[@]}")
+begin "${others[@]}"
 
-failed=0
-for training in "${trainings[@]}"; do
-    wait "$training" || failed=$((failed + 1))
-done
-echo "$((${#trainings[@]} - failed)) of ${#trainings[@]} trainings are finished, their weights in $run"
-[ $failed = 0 ]
+await "${seedings[@]}"
+if [ $failed = 0 ]; then
+    begin "${heirs[@]}"
+else
+    for line in "${heirs[@]}"; do
+        read_line "$line"
+        say "not started: the seed that it begins with is not finished"
+    done
+fi
+
+await "${trainings[@]}"
+finished=$((${#trainings[@]} - failed))
+echo "$finished of ${#lines[@]} trainings are finished, their weights in $run"
+[ $finished = ${#lines[@]} ]

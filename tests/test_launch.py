@@ -28,6 +28,9 @@ HERE = (
 )
 HOST = (*NODE, "cut", "flock", "grep", "make", "rm", "stat", "tail", "tar")
 
+TORCHRUN_THERE = ".venv/bin/torchrun"
+SEED = "experts/seed.safetensors"
+
 # torchrun, which notes what it was asked for and then does ACTIONS
 TORCHRUN = """#!/bin/sh
 case $1 in --help) echo "usage: torchrun [--nproc-per-node N] HELP"; exit;; esac
@@ -39,9 +42,9 @@ ACTIONS
 # what a finished training leaves
 FINISHES = """
 mkdir -p runs/mine/experts runs/mine/logs runs/mine/samples
-echo step > runs/mine/logs/expert-1.csv
-echo image > runs/mine/samples/expert-1-6.png
-echo weights > runs/mine/experts/1.safetensors
+echo step > runs/mine/logs/NAME.csv
+echo image > runs/mine/samples/NAME-6.png
+echo weights > runs/mine/WEIGHTS
 mark finished 6
 """
 
@@ -51,6 +54,11 @@ trap 'echo TERM >> signals' TERM
 trap 'echo another >> signals' INT USR1 HUP
 touch begun
 while [ ! -e go ]; do sleep 0.01; done
+"""
+
+# an expert, which must have a seed, and keeps a copy of it
+BEGINS = f"""
+cat runs/mine/{SEED} > ancestor || exit 1
 """
 
 # a training that waits for a signal, saves and ends as torchrun does
@@ -77,7 +85,9 @@ def program(path, text):
 def torchrun(path, actions, name="expert-1", waits=True):
     """Writes a stand-in; waits: whether it knows --shutdown-timeout, as torchrun 2.12 does."""
     text = TORCHRUN.replace("HELP", "[--shutdown-timeout S]" if waits else "")
-    program(path, text.replace("ACTIONS", actions).replace("NAME", name))
+    weights = f"{name.replace('expert-', 'experts/')}.safetensors"
+    text = text.replace("ACTIONS", actions).replace("WEIGHTS", weights)
+    program(path, text.replace("NAME", name))
 
 
 def links(folder, programs):
@@ -90,7 +100,7 @@ def environment(path, **variables):
     """Ours, but for what a job of Slurm or a user might have set in it."""
     kept = {}
     for name, value in ENVIRONMENT.items():
-        if not name.startswith(("SLURM_", "RUN", "SSH", "EVERY", "TRIES")):
+        if not name.startswith(("SLURM_", "RUN", "WHAT", "SSH", "EVERY", "TRIES")):
             kept[name] = value
     return kept | {"PATH": str(path)} | variables
 
@@ -198,7 +208,7 @@ def test_node_s_exit_code_follows_the_marker(node, before, actions, expected):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ([], "give an expert's number, all, router or student"),
+        ([], "give an expert's number, all, seed, router or student"),
         (["seven"], "'seven': give an expert's number"),
         (["3x"], "'3x': give an expert's number"),
         (["-1"], "'-1': give an expert's number"),
@@ -221,6 +231,7 @@ def test_node_names_a_torchrun_that_is_missing(node):
     [
         ("1", "expert-1", "train_expert.py --shard 1"),
         ("all", "expert-all", "train_expert.py --shard all"),
+        ("seed", "expert-seed", "train_expert.py --shard seed"),
         ("router", "router", "train_router.py"),
         ("student", "student", "distill.py"),
     ],
@@ -313,6 +324,9 @@ wait
 
 # ---- launch/slurm.sbatch -------------------------------------------------------------------------
 
+# the variables of a job that is no element of an array
+ALONE = {"SLURM_ARRAY_JOB_ID": None, "SLURM_ARRAY_TASK_ID": None, "SLURM_JOB_ID": "91"}
+
 
 @pytest.fixture
 def job(node, tmp_path):
@@ -327,7 +341,9 @@ def job(node, tmp_path):
     def variables(**changes):
         settings = {"RUN": "runs/mine", "SLURM_SUBMIT_DIR": str(node.here)}
         settings |= {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
-        return environment(node.bin, **settings | changes)
+        settings |= {"SLURM_JOB_ID": "78"} | changes
+        given = {name: value for name, value in settings.items() if value is not None}
+        return environment(node.bin, **given)
 
     def launch(*flags, **changes):
         words = ["bash", script, *flags]
@@ -342,7 +358,9 @@ def job(node, tmp_path):
 )
 def test_an_element_trains_its_expert_and_the_last_one_the_router(node, job, element, name, stage):
     torchrun(node.torchrun, "mark finished 6", name)
-    done = job.launch("--train.lr", "2e-4", SLURM_ARRAY_TASK_ID=element, SLURM_GPUS_ON_NODE="2")
+    # WHAT may be left over from the seed's job
+    changes = {"SLURM_ARRAY_TASK_ID": element, "SLURM_GPUS_ON_NODE": "2", "WHAT": "seed"}
+    done = job.launch("--train.lr", "2e-4", **changes)
     assert done.returncode == 0, done.stdout + done.stderr
     words = node.arguments.read_text()
     assert words.endswith(f"/{stage} --run-dir runs/mine --device cuda --train.lr 2e-4\n")
@@ -350,11 +368,21 @@ def test_an_element_trains_its_expert_and_the_last_one_the_router(node, job, ele
     assert not job.requeued.exists()
 
 
+def test_a_job_that_is_no_array_trains_the_seed(node, job):
+    torchrun(node.torchrun, "mark finished 6", "expert-seed")
+    done = job.launch("--train.lr", "2e-4", **ALONE, WHAT="seed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = node.arguments.read_text()
+    assert words.endswith("/train_expert.py --shard seed --run-dir runs/mine --train.lr 2e-4\n")
+    assert not job.requeued.exists()
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
         ({"SLURM_ARRAY_TASK_ID": "3"}, "element 3 of the array, and runs/mine has 2 experts"),
-        ({"SLURM_ARRAY_TASK_ID": ""}, "element (none) of the array"),
+        (ALONE, "neither an array nor WHAT: give --array=0-2, or WHAT=seed"),
+        (ALONE | {"WHAT": "sed"}, "'sed': give an expert's number, all, seed"),
         ({"RUN": "runs/another"}, "no shards in runs/another/shards"),
     ],
 )
@@ -379,6 +407,13 @@ def test_what_died_is_requeued_if_it_can_go_further(node, job, actions, changes,
     assert job.requeued.exists() == again
     if again:
         assert job.requeued.read_text() == "requeue 77_1\n"
+
+
+def test_a_seed_that_died_is_requeued_by_its_job_s_number(node, job):
+    torchrun(node.torchrun, "mark to be continued 4; exit 1", "expert-seed")
+    done = job.launch(**ALONE, WHAT="seed")
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert job.requeued.read_text() == "requeue 91\n"
 
 
 @pytest.mark.parametrize("name, again", [("SIGUSR1", True), ("SIGTERM", False)])
@@ -540,6 +575,13 @@ def test_what_git_tracks_is_sent_and_results_come_back(site):
     assert not list(site.run.glob(".launch-*"))
 
 
+def test_no_copy_of_results_makes_a_folder_that_another_may(site):
+    (site.bin / "cp").unlink()
+    before = "for folder in logs samples; do [ -d runs/mine/$folder ] || exit 1; done"
+    program(site.bin / "cp", f'#!/bin/sh\n{before}\nexec {shutil.which("cp")} "$@"\n')
+    assert site.launch(site.line).returncode == 0
+
+
 def test_a_folder_that_is_no_repository_is_named(site):
     shutil.rmtree(site.here / ".git")
     done = site.launch(site.line)
@@ -567,17 +609,18 @@ def test_data_that_a_host_has_is_not_sent_again(site):
 @pytest.mark.parametrize(
     "what, needed",
     [
-        ("1", {"shards/1/a", "latents/1/a"}),
-        ("router", {"shards/router/a"}),
-        ("all", {"shards/0/a", "shards/1/a", "latents/1/a"}),
-        ("student", {"shards/0/a", "shards/1/a", "latents/1/a", "experts/0.safetensors"}),
+        ("1", {"shards/1/a", "latents/1/a", SEED}),
+        ("seed", {"shards/router/a", "latents/router/a"}),
+        ("router", {"shards/router/a", "latents/router/a"}),
+        ("all", {"shards/0/a", "shards/1/a", "latents/1/a", SEED}),
+        ("student", {"shards/0/a", "shards/1/a", "latents/1/a", "experts/0.safetensors", SEED}),
     ],
 )
 def test_a_host_gets_its_part_of_the_run_alone(site, what, needed):
     folder = site.run.parent / "parts"
     always = {"config.toml", "clusters.safetensors"}
-    others = {"shards/0/a", "shards/1/a", "shards/router/a", "latents/1/a", "logs/a"}
-    for name in always | others | {"experts/0.safetensors"}:
+    data = {"shards/0/a", "shards/1/a", "shards/router/a", "latents/1/a", "latents/router/a"}
+    for name in always | data | {"logs/a", "experts/0.safetensors", SEED}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
 
@@ -692,10 +735,138 @@ def test_a_host_that_went_down_is_one_to_be_continued(site):
         assert done.stdout.startswith("to be continued"), done.stdout + done.stderr
 
 
+# ---- launch/ssh.sh: the seed ---------------------------------------------------------------------
+
+
+def write_config(site, seed_steps):
+    text = f"[train]\nsteps = 6\nseed_steps = {seed_steps}\n[train.router]\nseed_steps = 0\n"
+    (site.run / "config.toml").write_text(text)
+
+
+@pytest.fixture
+def islands(site, tmp_path):
+    """The site, where expert 1 needs a seed, and hosts of the seed and the router.
+
+    -> text of hosts.txt, the expert first; the folders of the two; the seed's file here.
+    """
+    write_config(site, seed_steps=4)
+    (site.run / "shards" / "router").mkdir()
+    torchrun(site.torchrun, BEGINS + FINISHES)
+
+    text = site.line
+    for what, name in (("seed", "expert-seed"), ("router", "router")):
+        links(site.hosts / what, HOST)
+        torchrun(tmp_path / what / TORCHRUN_THERE, FINISHES, name)
+        (tmp_path / what / ".venv" / "installed").touch()
+        text += f"{what} {what} {tmp_path / what}\n"
+
+    return SimpleNamespace(
+        text=text,
+        seed=tmp_path / "seed",
+        router=tmp_path / "router",
+        weights=site.run / SEED,
+    )
+
+
+@pytest.mark.parametrize("what", ["1", "all"])
+def test_experts_wait_for_the_seed_and_the_router_does_not(site, islands, what):
+    # the seed waits for the router to be finished, and fails if the expert has been sent
+    waits = f"""
+while [ ! -e {islands.router}/runs/mine/router.safetensors ]; do sleep 0.01; done
+[ ! -e {site.folder}/runs ] || exit 1
+"""
+    torchrun(islands.seed / TORCHRUN_THERE, waits + FINISHES, "expert-seed")
+    torchrun(site.torchrun, BEGINS + FINISHES, f"expert-{what}")
+
+    done = site.launch(islands.text.replace("gpu1 1", f"gpu1 {what}"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 trainings are finished" in done.stdout
+    assert (site.folder / "ancestor").read_text() == islands.weights.read_text() == "weights\n"
+    for name in ("logs/expert-seed.csv", "samples/expert-seed-6.png", "router.safetensors"):
+        assert (site.run / name).exists(), name
+
+
+def test_experts_are_not_started_where_the_seed_fails(site, islands):
+    torchrun(islands.seed / TORCHRUN_THERE, "mark failed 2; exit 1", "expert-seed")
+    done = site.launch(islands.text)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "expert-1 on gpu1: not started: the seed" in done.stdout
+    assert "1 of 3 trainings are finished" in done.stdout
+    assert not (site.folder / "runs").exists()
+    assert (site.run / "router.safetensors").exists()
+
+
+def test_a_seed_that_is_here_is_not_trained_again(site, islands):
+    islands.weights.parent.mkdir()
+    islands.weights.write_text("of before")
+    done = site.launch(islands.text)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"not trained, runs/mine/{SEED} is here" in done.stdout
+    assert not (islands.seed / "runs").exists()
+    assert (site.folder / "ancestor").read_text() == islands.weights.read_text() == "of before"
+
+
+def test_a_seed_that_still_trains_is_waited_for(site, islands):
+    torchrun(islands.seed / TORCHRUN_THERE, WAITS + FINISHES, "expert-seed")
+    with site.launch(islands.text, start=begin) as first:
+        wait_until((islands.seed / "begun").exists)
+        first.terminate()
+        first.communicate(timeout=300)
+    assert first.returncode == 130 and not islands.weights.exists()
+
+    out = ""
+    with site.launch(islands.text, start=begin) as second:
+        while "expert-seed on seed: running: " not in out:
+            line = second.stdout.readline()
+            assert line, out
+            out += line
+        (islands.seed / "go").touch()
+        out += second.communicate(timeout=300)[0]
+    assert second.returncode == 0 and "3 of 3 trainings are finished" in out, out
+    assert len((islands.seed / "arguments").read_text().splitlines()) == 1
+    assert not (islands.seed / "signals").exists()
+
+
+@pytest.mark.parametrize(
+    "seed_steps, flags",
+    [(4, []), (0, ["--train.seed_steps", "4"]), (8, ["--train.lr", "1", "--train.seed_steps=4"])],
+)
+def test_a_seed_that_nobody_trains_is_one_line(site, seed_steps, flags):
+    write_config(site, seed_steps)
+    line = one_error(site.launch(site.line, *flags))
+    assert f"train.seed_steps = 4, and there is no runs/mine/{SEED}" in line
+    assert "add a line 'HOST seed'" in line
+    assert not (site.folder / "runs").exists()
+
+
+def test_a_seed_needs_the_router_s_images(site):
+    said = "WHAT one of: 1 all student; or seed, which needs shards/router"
+    assert said in one_error(site.launch("gpu1 seed"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--train.seed_steps", "0"]])
+def test_without_seed_steps_no_seed_is_asked_for(site, flags):
+    write_config(site, 0 if not flags else 4)
+    assert site.launch(site.line, *flags).returncode == 0
+
+
+def test_a_seed_from_elsewhere_needs_no_line(site, islands):
+    islands.weights.parent.mkdir()
+    islands.weights.write_text("of elsewhere")
+    done = site.launch(site.line)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (site.folder / "ancestor").read_text() == "of elsewhere"
+
+
+def test_the_router_alone_needs_no_seed(site, islands):
+    done = site.launch(islands.text.splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # ---- for real ------------------------------------------------------------------------------------
 
 
-def test_a_training_on_a_host_brings_its_weights_and_can_be_run_again(trained, site):
+def test_a_training_on_a_host_brings_its_weights_and_can_be_run_again(trained, site, tmp_path):
     for name in os.listdir(ROOT):
         if name.endswith((".py", ".txt")) or name == "Makefile":
             shutil.copy(os.path.join(ROOT, name), site.here)
@@ -707,14 +878,20 @@ def test_a_training_on_a_host_brings_its_weights_and_can_be_run_again(trained, s
     shutil.copytree(trained, site.run, ignore=stages)
     real = f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n'
     program(site.torchrun, real)
+    # the seed on an island of its own
+    island = tmp_path / "island"
+    shutil.copytree(site.folder, island)
+    # without a newline at the end
+    text = f"# a comment\n{site.line}gpu1 seed {island}"
 
-    for flags, steps in (([], 6), (["--train.steps", "9"], 9)):
-        # without a newline at the end
-        done = site.launch(f"# a comment\n{site.line.strip()}", *flags)
-        log = site.folder / "runs" / "mine" / "logs" / "expert-1.log"
-        assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
-        assert artifacts.read_info(site.weights)["step"] == steps
+    for steps in (6, 9):
+        done = site.launch(text, "--train.seed_steps", "2", "--train.steps", str(steps))
+        logs = [log.read_text() for log in tmp_path.glob("*/runs/mine/logs/*.log")]
+        assert done.returncode == 0, done.stdout + done.stderr + "".join(logs)
+        info = artifacts.read_info(site.weights)
+        assert info["step"] == steps and info["init_shard"] == "seed"
         assert (site.run / "logs" / "expert-1.csv").exists()
+    assert artifacts.read_info(site.run / SEED)["step"] == 2
 
     there = site.folder / "runs" / "mine" / "experts" / "1.safetensors"
     assert site.weights.read_bytes() == there.read_bytes()
