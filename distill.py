@@ -150,8 +150,16 @@ def main():
     if missing:
         raise UserError(f"the student needs all {experts} shards, {args.run_dir} lacks "
                         f"{', '.join(sorted(missing, key=int))}")
+    if args.init and not os.path.exists(expert_path(args)):
+        raise UserError(f"--init {args.init}: there is no {expert_path(args)}; give the number of "
+                        f"an expert that is there, or all for the monolith")
     with owned(args.run_dir, "student"):
         open_and_train(args, config, train)
+
+
+def expert_path(args):
+    """The file that --init means."""
+    return os.path.join(args.run_dir, "experts", f"{args.init}.safetensors")
 
 
 # ---- teachers and the first weights --------------------------------------------------------------
@@ -244,8 +252,7 @@ def open_and_train(args, config, train):
     # weights that it may begin with
     initial = RANDOM
     if args.init:
-        path = os.path.join(args.run_dir, "experts", f"{args.init}.safetensors")
-        initial = read_initial(path, shape, space, "velocity", "linear")
+        initial = read_initial(expert_path(args), shape, space, "velocity", "linear")
         initial.shard = args.init
     info |= initial.about()
     frozen = space.weight_bytes()

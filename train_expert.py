@@ -31,7 +31,7 @@ from ddm.checkpoint import Checkpoints, check_finite, identity_of, training
 from ddm.config import check_seed, load_run, make_training_parser, model_config, parse
 from ddm.engine import Engine, learning_rate
 from ddm.errors import UserError, script
-from ddm.initial import RANDOM, read_initial, read_seed
+from ddm.initial import RANDOM, check_exists, read_initial, read_seed
 from ddm.loading import Batches, describe, encode, open_shards, planned_space
 from ddm.log import Log, save_samples
 from ddm.process import Stop, on_rank_0, start, watchdog
@@ -60,7 +60,8 @@ def main():
     name = f"expert-{args.shard}"
     if args.plan is not None:
         shape = model_config(config, "model", planned_space(args, config))
-        plan.report(name, shape, settings, batch, config, first_step=first_step)
+        plan.report(name, shape, settings, batch, config, first_step=first_step,
+                    raw=args.shard == "seed")
         return
 
     # before the lock: a wrong number is an error of this call, not of the training
@@ -94,11 +95,13 @@ def begin_at(args, config):
     """The step of the schedule at which training begins: the seed has made those before."""
     seed_steps = config.train.seed_steps
     if args.shard == "seed":
+        check_exists(args.init)
         return 0
     if seed_steps and args.init:
         raise UserError(f"--init {args.init}: with train.seed_steps = {seed_steps} experts begin "
                         f"with the run's seed: give --init to --shard seed, or leave it out, or "
                         f"give --train.seed_steps 0")
+    check_exists(args.init)
     return seed_steps
 
 
@@ -146,7 +149,8 @@ def open_and_train(args, config, train, *, name, shards, batch):
     identity = identity_of(config, train, shape, space, shard=args.shard, images=len(data),
                            clustering=clusters["fingerprint"], init=initial.sha256,
                            first_step=initial.step)
-    checkpoints = Checkpoints(args.run_dir, name, train, ranks, identity)
+    checkpoints = Checkpoints(args.run_dir, name, train, ranks, identity,
+                              raw=args.shard == "seed")
     engine = Engine(name, shape, train, ranks, batch=batch, initial=initial,
                     resumed=checkpoints.resumed, beside=space.weight_bytes())
 
@@ -165,8 +169,6 @@ def open_and_train(args, config, train, *, name, shards, batch):
     # how a sampler gets a velocity from its answers
     info |= {"objective": config.flow.objective, "path": config.flow.path, "shard": args.shard}
     info |= initial.about()
-    # the seed's raw weights, too: experts go on from these
-    info["raw"] = args.shard == "seed"
     training_loop(engine, batches, config=config, space=space, optimizer=optimizer,
                   checkpoints=checkpoints, log=log, path=path, info=info)
 

@@ -56,7 +56,10 @@ def main():
         find_tars(args.calibrate)
         check_calibration(config)
     with owned(args.run_dir, "router"):
-        open_and_train(args, config, settings)
+        space, ranks, finished = open_and_train(args, config, settings)
+    # not where a signal has ended the training
+    if args.calibrate and finished:
+        calibrate(args.run_dir, args.calibrate, config, space, ranks)
 
 
 def set_steps(train, config, space):
@@ -80,7 +83,10 @@ def set_steps(train, config, space):
 
 
 def open_and_train(args, config, train):
-    """Opens data, model, optimiser and checkpoints; trains; exports the EMA weights."""
+    """Opens data, model, optimiser and checkpoints; trains; exports the EMA weights.
+
+    -> (the Space, the ranks, whether the training is finished)
+    """
     clusters = read_clusters(args.run_dir)
     ranks = start(args.device, collective_timeout(train))
     # labelled: each sample of shards/router says its cluster
@@ -114,9 +120,7 @@ def open_and_train(args, config, train):
     # the last export failed, or its file is gone
     if checkpoints.is_stale(path, engine):
         checkpoints.export(path, engine, last=True, **info)
-    # not where a signal came
-    if args.calibrate and engine.step >= train.steps:
-        calibrate(args.run_dir, args.calibrate, config, space, ranks)
+    return space, ranks, engine.step >= train.steps
 
 
 def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log, path, info):

@@ -109,8 +109,8 @@ def write_random_run(run_dir, args):
 class Overruled(Ensemble):
     """The router runs; what it says is replaced by `decided` [B,K]."""
 
-    def route(self, x_t, t, c, temperature=1.0):
-        super().route(x_t, t, c, temperature)
+    def route(self, x_t, t, c, temperature=1.0, calibrated=True):
+        super().route(x_t, t, c, temperature, calibrated)
         return self.decided[:len(x_t)]
 
 

@@ -5,6 +5,7 @@ temperature that was fitted on images that it has not seen, its logits say how s
 order stays, so top-1 chooses as before; what weighs experts by them (full, top-N) or draws from
 them (once, sample-N) changes.
 """
+import math
 import os
 
 import torch
@@ -22,32 +23,34 @@ from ddm.validation import BINS, noised
 
 # held-out images that it is fitted on, at most: a temperature is one number
 IMAGES = 5000
-# a temperature outside is no calibration: the images are too few, or none is ever wrong
-SMALLEST = 0.05
-LARGEST = 20.0
+# where the router is never wrong, on few images, the likeliest temperature would be 0
+SMALLEST = 0.1
+LARGEST = 10.0
 
 
 def fit_temperatures(logits, labels):
     """logits [n,BINS,K], labels [n] -> T [BINS], for which logits / T have the least negative log
     likelihood.
 
-    It is convex in 1 / T, so there is one such T in each bin.
+    It is convex in 1 / T, so a ternary search finds it: in each bin at once, between SMALLEST and
+    LARGEST.
     """
     logits = logits.double()
-    targets = labels.repeat_interleave(BINS)
-    log_t = torch.zeros(BINS, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_t], max_iter=200, tolerance_grad=1e-9,
-                                  tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
-    def negative_log_likelihood():
-        optimizer.zero_grad()
+    def loss(log_t):
         scaled = logits / log_t.exp()[:, None]
-        loss = F.cross_entropy(scaled.flatten(0, 1), targets)
-        loss.backward()
-        return loss
+        targets = labels[:, None].expand(-1, BINS)
+        return F.cross_entropy(scaled.movedim(2, 1), targets, reduction="none").mean(0)
 
-    optimizer.step(negative_log_likelihood)
-    return log_t.detach().exp().clamp(SMALLEST, LARGEST)
+    low = torch.full((BINS,), math.log(SMALLEST), dtype=torch.float64)
+    high = torch.full((BINS,), math.log(LARGEST), dtype=torch.float64)
+    # a third less at each turn
+    for _ in range(40):
+        third = (high - low) / 3
+        below = loss(low + third) < loss(high - third)
+        high = torch.where(below, high - third, high)
+        low = torch.where(below, low, low + third)
+    return ((low + high) / 2).exp()
 
 
 def check_calibration(config):

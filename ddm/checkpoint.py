@@ -82,15 +82,17 @@ class Checkpoints:
     """The checkpoints of the training `name`, and the export of its EMA weights.
 
     Finds the newest one at once: `resumed` says whether there is one, which `resume` then loads.
-    identity: what may not change over a resume. UserError if it has.
+    identity: what may not change over a resume. UserError if it has. raw: of a seed, whose exports
+    have its raw weights as well.
     """
 
-    def __init__(self, run_dir, name, train, ranks, identity):
+    def __init__(self, run_dir, name, train, ranks, identity, raw=False):
         self.name = name
         self.folder = os.path.join(run_dir, "checkpoints", name)
         self.train = train
         self.ranks = ranks
         self.identity = identity
+        self.raw = raw
 
         # whether the last export could be written
         self.exported = True
@@ -312,16 +314,16 @@ class Checkpoints:
 
     # -- export --
 
-    def export(self, path, engine, /, last=False, raw=False, **info):
+    def export(self, path, engine, /, last=False, **info):
         """Writes the EMA weights as a model file, with `info` as its metadata. All ranks call it.
 
         last: now a file that cannot be written is a UserError, and one that can finishes the
-        training. raw: the weights themselves as well, for a training that goes on from there.
+        training.
         """
         # collectives: sharded weights are gathered
         weights = engine.whole(engine.ema)
         raw_weights = {}
-        if raw:
+        if self.raw:
             raw_weights = engine.whole(dict(engine.model.named_parameters()))
         reasons = []
         if self.ranks.rank == 0:
@@ -464,7 +466,8 @@ def announce(engine, checkpoints, images):
     if engine.step >= engine.train.steps:
         # it may have been killed before it could say so
         mark(checkpoints.folder, FINISHED, engine.step, begins=True)
-        more = "seed_steps" if engine.name == "expert-seed" else "steps"
+        # a seed has its own number
+        more = "seed_steps" if checkpoints.raw else "steps"
         print(f"{engine.name} is finished at step {engine.step}; a larger --train.{more} would go "
               f"on")
     else:
@@ -501,7 +504,7 @@ def _finish(engine, optimizer, checkpoints, log, batches):
         # the other ranks may be inside a step, which this one never began
         end(1, f"{name}: stopped by a signal while waiting for data, NOT saved at step "
                f"{engine.step}; run the same command to resume")
-    if batches.interrupted and engine.step > checkpoints.kept:
+    if batches.interrupted and engine.step > max(checkpoints.kept, engine.first_step):
         # the state is that of the step before
         checkpoints.save(engine, optimizer, log)
 

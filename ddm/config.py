@@ -151,16 +151,13 @@ class Flow(Table):
         least=0.01)
 
 
-class Train(Table):
-    """How a model trains: as it stands here an expert or the monolith."""
+class Training(Table):
+    """How any model trains."""
     # how much
     steps: int = key(100_000, "optimiser steps", least=1)
     batch: int = key(
         256, "images a step of the whole ensemble: an expert takes batch / experts, "
         "the monolith and the router batch", least=1)
-    seed_steps: int = key(
-        0, "the first steps, made by one seed (--shard seed) on the router's images, from which "
-        "experts and monolith go on (0: each begins with random weights)")
     micro_batch: int = key(0, "images a forward pass on each rank (0: all of the rank's at once)")
 
     # the optimiser
@@ -204,16 +201,25 @@ class Train(Table):
         "ends the run (0: never)")
 
 
-class TrainRouter(Train):
-    """What differs from [train] when the router trains: any of its keys. These always differ."""
+class Train(Training):
+    """How a model trains: as it stands here an expert or the monolith."""
+    seed_steps: int = key(
+        0, "the first steps, made by one seed (--shard seed) on the router's images, from which "
+        "experts and monolith go on (0: each begins with random weights)")
+
+
+class TrainRouter(Training):
+    """What differs from [train] when the router trains: any of its keys but seed_steps. These
+    always differ.
+    """
     steps: int = key(0, "optimiser steps (0: as many as cost 4% of the training FLOPs)")
-    seed_steps: int = key(0, "the router begins with random weights", most=0)
 
 
-class TrainStudent(Train):
-    """What differs from [train] when the student trains: any of its keys. These always differ."""
+class TrainStudent(Training):
+    """What differs from [train] when the student trains: any of its keys but seed_steps. These
+    always differ.
+    """
     batch: int = key(0, "images a step (0: a quarter of [train]'s, as in the paper)")
-    seed_steps: int = key(0, "what a student begins with is distill.py --init's to say", most=0)
     micro_batch: int = key(0, "images a forward pass, all of one cluster (0: batch / experts)")
 
 
@@ -305,13 +311,16 @@ class Config(BaseModel):
 
     def stage(self, name):
         """[train] with the keys of [train.NAME] over it; name: "router" or "student"."""
-        values = dict(self.train) | self.overrides[name]
-        return TABLES[f"train.{name}"](**values)
+        table = TABLES[f"train.{name}"]
+        values = {key: value for key, value in self.train if key in table.model_fields}
+        return table(**values | self.overrides[name])
 
 
 def own_keys(table):
-    """The keys that stand in a table's class itself: of [train.router] those with own defaults."""
-    return list(inspect.get_annotations(TABLES[table]))
+    """A table's keys; of [train.router] and [train.student] those with own defaults."""
+    if table in STAGES:
+        return list(inspect.get_annotations(TABLES[table]))
+    return list(TABLES[table].model_fields)
 
 
 def choices(table, key):
@@ -377,8 +386,7 @@ def _mistake(name, value, field, kind):
     if kind in ("greater_than_equal", "finite_number"):
         return f"{said} must be a number of at least {least}"
     if kind == "less_than_equal":
-        is_a = "is a share, which is" if most == 1 else "must be"
-        return f"{said} {is_a} at most {most}"
+        return f"{said} is a share, which is at most {most}"
     return f"{said} is not {KINDS[field.annotation]}"
 
 
@@ -527,7 +535,7 @@ def load_run(run_dir, given, stage="", path=""):
     flags = {}
     for name, value in given.items():
         table, _, key = name.rpartition(".")
-        if stage and table == "train":
+        if stage and table == "train" and key in TABLES[f"train.{stage}"].model_fields:
             name = f"train.{stage}.{key}"
         flags[name] = value
     return make_config(read_toml(path), flags)

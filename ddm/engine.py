@@ -199,11 +199,11 @@ class Engine:
         self.model.to_empty(device=self.ranks.device).reset_positions(self.ranks.device)
         # which a checkpoint would overwrite
         if not resumed:
-            self._fill(initial.ema or initial.weights)
+            self._fill(initial)
         # equal to the weights at first, but for a seed's; a resume loads both
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        if initial.ema and not resumed:
-            self._fill(initial.weights)
+        if initial.raw and not resumed:
+            self._fill(initial, raw=True)
 
         self.wrapped = self.model
         if self.ranks.world > 1 and not self.sharded:
@@ -228,13 +228,14 @@ class Engine:
         for module in (*self.model.blocks, self.model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
-    def _fill(self, weights):
-        """The same initial weights on all ranks: these, or if there are none random ones, from
-        train.seed.
-        """
+    def _fill(self, initial, raw=False):
+        """The same initial weights on all ranks: a file's, or random ones from train.seed."""
         if self.sharded and self.ranks.rank:
+            # they come from rank 0
             weights = {}
-        elif not weights:
+        elif initial.path:
+            weights = initial.load(raw)
+        else:
             # on the host, whose random numbers are the same beside any device
             torch.manual_seed(self.train.seed)
             weights = artifacts.build(self.config).state_dict()

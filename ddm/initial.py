@@ -9,14 +9,13 @@ common, then each expert goes on from it, alone. The paper's experts begin with 
 """
 import hashlib
 import os
-from dataclasses import dataclass, field
-
-from torch import Tensor
+from dataclasses import dataclass
 
 from ddm import artifacts, encoders
 from ddm.config import differences
 from ddm.errors import UserError
 from ddm.files import check_shape
+from ddm.process import broadcast, on_rank_0
 from ddm.run import NETWORK
 
 # what the file must say of itself
@@ -26,16 +25,16 @@ INITIAL = {"objective": str, "path": str, "autoencoder": NETWORK, "text": NETWOR
 @dataclass
 class Initial:
     """What a training begins with."""
-    # {name: tensor}; none: random ones, from train.seed
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    # EMA weights; none: equal to the weights
-    ema: dict[str, Tensor] = field(default_factory=dict)
+    # its model file; none: random weights, from train.seed
+    path: str = ""
     # of the schedule, at which training begins
     step: int = 0
-    # the SHA-256 of their file, and which model of the same run it is, if one: seed, 3, all
-    sha256: str = ""
+    # whether the file has raw weights, and these are begun with; else its EMA weights are both
+    raw: bool = False
+    # which model of the same run it is, if one: seed, 3, all
     shard: str = ""
-    # what they cost, with what they themselves began with
+    # what it cost, with what it had itself begun with
+    sha256: str = ""
     images: int = 0
     flops: int = 0
 
@@ -44,26 +43,41 @@ class Initial:
         return {"init": self.sha256, "init_shard": self.shard, "init_images": self.images,
                 "init_flops": self.flops}
 
+    def load(self, raw=False):
+        """The EMA weights {name: tensor} on the host, or the raw ones. UserError, on this rank
+        alone, if they are damaged.
+        """
+        try:
+            if raw:
+                return artifacts.load_raw(self.path)
+            return artifacts.load(self.path)[0].state_dict()
+        except ValueError as error:
+            raise UserError(str(error), local=True) from None
+
 
 RANDOM = Initial()
 
 
-def read_initial(path, shape, space, objective, flow_path):
-    """The weights of a model file, for a model of the ModelConfig `shape` in a codec.Space.
+def check_exists(path):
+    """UserError for an --init that names no file: before the work."""
+    if path and not os.path.isfile(path):
+        raise UserError(f"--init {path}: there is no such file to begin with")
 
-    objective, flow_path: [flow]'s. UserError where the file's model is another one, works in other
-    latents or token features, or predicts something else.
+
+def read_initial(path, shape, space, objective, flow_path):
+    """A model file to begin with -> Initial, no weights loaded; a collective.
+
+    For a model of the ModelConfig `shape` in a codec.Space; objective, flow_path: [flow]'s.
+    UserError where the file's model is another one, works in other latents or token features, or
+    predicts something else.
     """
-    if not os.path.exists(path):
-        raise UserError(f"there is no {path} to begin with")
     try:
-        # on the host: mapped from the file, and copied to a device part by part
-        model, info = artifacts.load(path)
+        info = artifacts.read_info(path)
     except ValueError as error:
         raise UserError(str(error)) from None
 
-    if model.config != shape:
-        differ = differences(vars(model.config), vars(shape))
+    differ = differences(info["model"], vars(shape))
+    if differ:
         raise UserError(f"{path} is another model than what is trained here ({differ}): see "
                         f"--model.*")
     try:
@@ -81,12 +95,22 @@ def read_initial(path, shape, space, objective, flow_path):
         raise UserError(f"{path} predicts {info['objective']} on the {info['path']} path, what is "
                         f"trained here {objective} on the {flow_path} path")
 
-    with open(path, "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     # a checkpoint that was imported does not know what it cost
     images = info.get("images", 0) + info.get("init_images", 0)
     flops = info.get("flops", 0) + info.get("init_flops", 0)
-    return Initial(model.state_dict(), sha256=sha256, images=images, flops=flops)
+    return Initial(path, sha256=digest(path), images=images, flops=flops)
+
+
+def digest(path):
+    """A file's SHA-256, which rank 0 reads for all."""
+    found = []
+
+    def read():
+        with open(path, "rb") as f:
+            found.append(hashlib.file_digest(f, "sha256").hexdigest())
+
+    on_rank_0(read)
+    return broadcast(found[0] if found else "")
 
 
 def seed_path(run_dir):
@@ -94,7 +118,7 @@ def seed_path(run_dir):
 
 
 def read_seed(run_dir, steps, shape, space, objective, flow_path):
-    """The run's seed: its raw weights and its EMA weights, at its last step, which must be `steps`.
+    """The run's seed -> Initial at its last step, which must be `steps`; a collective.
 
     It knows no clusters, so that of another clustering of the same images will do. UserError as
     read_initial, and where there is no seed, or one of another number of steps.
@@ -114,13 +138,10 @@ def read_seed(run_dir, steps, shape, space, objective, flow_path):
                         f"with --shard seed, or copy that one here")
     if made > steps:
         raise UserError(f"{path} has made {made} steps, train.seed_steps is {steps}: give "
-                        f"--train.seed_steps {made}, or copy one of {steps} steps here")
+                        f"--train.seed_steps {made} to all experts, or copy one of {steps} steps "
+                        f"here")
 
-    initial.ema = initial.weights
-    try:
-        initial.weights = artifacts.load_raw(path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    initial.raw = True
     initial.step = steps
     initial.shard = "seed"
     return initial

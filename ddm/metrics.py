@@ -188,8 +188,9 @@ def explain(found, labels, monolith, counts=None):
     labels: the cluster of each [n]; None where images do not tell. monolith: its loss [n,BINS] on
     the same noise, or None. counts: images of each cluster that its expert trained on.
 
-    -> {by_t: {name: [BINS]}, clusters: [a dict each]}. The mixture's loss is that of its experts,
-    as the router weighs them, less how far they disagree (Krogh & Vedelsby 1995):
+    -> {by_t: {name: [BINS]}, clusters: [a dict each, None for the mean of no image]}. The mixture's
+    loss is that of its experts, as the router weighs them, less how far they disagree (Krogh &
+    Vedelsby 1995):
 
         |sum_k p_k v_k - v|^2 = sum_k p_k |v_k - v|^2 - sum_k p_k |v_k - sum_j p_j v_j|^2
     """
@@ -218,13 +219,18 @@ def explain(found, labels, monolith, counts=None):
         row = {"trained on": counts[k], "images": int(own.sum())}
         for name in ("monolith", "own expert", "chosen expert", "mixture"):
             if name in by_image:
-                row[name] = by_image[name][own].mean().item()
+                row[name] = _mean(by_image[name][own])
         # of expert k where it is a stranger
-        row["its expert elsewhere"] = found.experts[~own, :, k].mean().item()
+        row["its expert elsewhere"] = _mean(found.experts[~own, :, k])
         if monolith is not None:
-            row["monolith elsewhere"] = monolith[~own].mean().item()
+            row["gain at home"] = _mean((monolith - by_image["own expert"])[own])
+            row["loss elsewhere"] = _mean((found.experts[..., k] - monolith)[~own])
         clusters.append(row)
     return {"by_t": _means(by_image), "clusters": clusters}
+
+
+def _mean(values):
+    return values.mean().item() if len(values) else None
 
 
 def _means(by_image):

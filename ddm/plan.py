@@ -487,6 +487,7 @@ class Plan:
     mfu: float              # share of the peak rate that training reaches
     networks: Frozen
     need: Memory
+    raw: bool = False       # whether raw weights are exported, too
     teachers: int = 0       # models that it learns from
     resident: int = 0       # so many of which stay on each GPU
 
@@ -505,10 +506,12 @@ class Plan:
         self.teacher_bytes = 2 * self.need.parameters
 
 
-def report(name, config, train, batch, run_config, *, first_step=0, teachers=0, resident=-1):
+def report(name, config, train, batch, run_config, *, first_step=0, raw=False, teachers=0,
+           resident=-1):
     """Prints the plan of one training (rank 0), of the model of a ModelConfig.
 
-    first_step: at which it begins, after a seed. teachers: models of its size that it learns from,
+    first_step: at which it begins, after a seed. raw: of a seed, whose file has its weights twice.
+    teachers: models of its size that it learns from,
     of which `resident` stay on each GPU (0: all, -1: as many as fit). UserError if the GPUs cannot
     share the batch.
     """
@@ -527,7 +530,8 @@ def report(name, config, train, batch, run_config, *, first_step=0, teachers=0, 
     networks = frozen(run_config, bf16)
     need = Memory(config, bf16, networks.weights, networks.work)
     plan = Plan(name, config, train, steps=train.steps - first_step, batch=batch, world=world,
-                gpu=settings.gpu, mfu=settings.mfu, networks=networks, need=need, teachers=teachers)
+                gpu=settings.gpu, mfu=settings.mfu, networks=networks, need=need, raw=raw,
+                teachers=teachers)
     if teachers:
         add_teachers(plan, resident)
 
@@ -633,6 +637,8 @@ def print_time(plan):
 
     # weights, moments, EMA weights; and these again, exported
     export = 2 if plan.train.export == "bf16" else 4
+    if plan.raw:
+        export *= 2
     files = plan.need.parameters * (4 + 8 + 4 + export)
     # whole minutes for a file that is being written, this one, and a step before each
     wait = max(60, 60 * math.ceil((2 * files / 1e9 + 2 * step) / 60))

@@ -395,9 +395,12 @@ def why_table(why):
         row = {"cluster": k}
         for name, value in cluster.items():
             row[name] = f"{value:.5f}" if isinstance(value, float) else value
+            # of no image there is no mean
+            if value is None:
+                row[name] = ""
         rows.append(row)
-    return (f"{text}\n\nby cluster: the loss of its images, and of its expert on the images of all "
-            f"others\n\n{markdown(rows)}")
+    return (f"{text}\n\nby cluster: the loss of its images; its expert beside the monolith, at "
+            f"home and on the images of all others\n\n{markdown(rows)}")
 
 
 def router_table(quality):

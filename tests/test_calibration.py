@@ -1,4 +1,6 @@
 """The router's temperatures, and why an ensemble's loss is what it is: closed forms."""
+import json
+
 import pytest
 import torch
 from conftest import command, copy, inside
@@ -196,9 +198,21 @@ def test_an_expert_is_set_beside_the_monolith_at_home_and_elsewhere():
         home = labels == k
         assert row["own expert"] == pytest.approx(found.experts[home][..., k].mean().item())
         assert row["monolith"] == pytest.approx(monolith[home].mean().item())
+        gain = row["monolith"] - row["own expert"]
+        assert row["gain at home"] == pytest.approx(gain, abs=1e-6)
         elsewhere = found.experts[~home][..., k].mean().item()
         assert row["its expert elsewhere"] == pytest.approx(elsewhere)
-        assert row["monolith elsewhere"] == pytest.approx(monolith[~home].mean().item())
+        loss = elsewhere - monolith[~home].mean().item()
+        assert row["loss elsewhere"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_cluster_without_images_has_no_means():
+    found, _, _, labels = by_hand()
+    rows = explain(found, torch.zeros_like(labels), None, counts=[9, 8, 7])["clusters"]
+    assert rows[0]["its expert elsewhere"] is None and rows[0]["images"] == len(labels)
+    assert rows[1]["own expert"] is None and rows[1]["its expert elsewhere"] is not None
+    # NaN is no JSON
+    json.dumps(rows, allow_nan=False)
 
 
 def test_a_missing_expert_is_neither_best_nor_weighed():

@@ -111,9 +111,8 @@ def test_a_config_survives_writing_and_reading(tmp_path):
 
     # of the stages' tables what is set, and what differs unasked
     train = tomllib.loads(path.read_text(encoding="utf-8"))["train"]
-    assert train["router"] == {"steps": 7, "seed_steps": 0}
-    student = {"batch": 0, "micro_batch": 0, "seed_steps": 0, "lr": 1.0}
-    assert train["student"] == student
+    assert train["router"] == {"steps": 7}
+    assert train["student"] == {"batch": 0, "micro_batch": 0, "lr": 1.0}
 
 
 def test_later_layers_go_over_earlier_ones():
@@ -127,7 +126,9 @@ def test_a_stage_is_train_with_its_own_table_over_it():
                         "train.router.decay": 3})
     router = made.stage("router")
     student = made.stage("student")
-    assert isinstance(router, config.Train) and isinstance(student, config.Train)
+    assert isinstance(router, config.Training) and isinstance(student, config.Training)
+    # experts alone begin with a seed
+    assert not hasattr(router, "seed_steps") and not hasattr(student, "seed_steps")
     assert (router.lr, router.steps, router.batch, router.decay) == (0.5, 0, 64, 3)
     assert (student.lr, student.steps, student.batch, student.micro_batch) == (0.5, 9, 0, 0)
     assert made.train.decay == 0

@@ -174,6 +174,8 @@ class Made:
         self.train = config.train
         ranks = ddm.process.Ranks(0, 1, torch.device("cpu"))
         model = small("DiT")
+        path = str(folder / "initial.safetensors")
+        artifacts.save(path, model.config, model.state_dict())
         self.checkpoints = Checkpoints(str(folder), "x", self.train, ranks, {"model": "small"})
         self.engine = engine.Engine(
             "x",
@@ -181,7 +183,7 @@ class Made:
             self.train,
             ranks,
             batch=3,
-            initial=Initial(model.state_dict()),
+            initial=Initial(path),
             resumed=self.checkpoints.resumed,
         )
         make_optimizer = make_optimizer or self.adamw

@@ -449,7 +449,8 @@ def test_the_ledger_calls_equal_only_what_is(evaluated, tmp_path):
     # it is counted once
     alone = ratio_in(lines[1])
     with_teachers = ratio_in(lines[2])
-    rewrite(run / "student.safetensors", init="0", init_flops=entries["expert 0"]["flops"])
+    rewrite(run / "student.safetensors", init="ab" * 32, init_shard="0",
+            init_flops=entries["expert 0"]["flops"])
     _, lines = report.ledger(run, 3)
     assert ratio_in(lines[1]) == pytest.approx(alone + 1 / 3, abs=2e-3)
     assert ratio_in(lines[2]) == pytest.approx(with_teachers, abs=2e-3)
