@@ -331,6 +331,7 @@ def idle_engine(name):
         bf16=False,
         batch=1,
         step=0,
+        images=0,
         image_flops=1,
         nonfinite=torch.zeros(3),
         train=SimpleNamespace(steps=100),
