@@ -1,8 +1,8 @@
 """A small image classifier, in whose features evaluate.py can measure Frechet distances.
 
-    python bench/classifier.py 'CIFAR/0000[0-8].tar' 'CIFAR/00009.tar' runs/flops/classifier
+    python bench/classifier.py 'CIFAR/0000[0-8].tar' 'CIFAR/00009.tar' runs/claim/classifier
     # "FD-classifier": never to be called FID
-    python evaluate.py ... --features runs/flops/classifier
+    python evaluate.py ... --features runs/claim/classifier
 
 reads   tars of images with class labels, to train on and to validate on
 writes  a ResNet of transformers' class in its format: 256 features an image
