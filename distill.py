@@ -113,9 +113,9 @@ class ByCluster(torch.utils.data.Dataset):
 
 def parser():
     parser = make_training_parser(__doc__)
-    parser.add_argument("--init", default="", metavar="K|all",
-                        help="begin with the weights of this expert, or the monolith's (default: "
-                        "from scratch)")
+    parser.add_argument("--init", default="", metavar="K|all|seed",
+                        help="begin with the weights of this expert of the run, the monolith or "
+                        "the seed (default: from scratch)")
     parser.add_argument("--resident", type=int, default=-1, metavar="N",
                         help="teachers on the device at most (default: as many as fit by the "
                         "estimate of --plan, on a CPU all; 0: all)")
@@ -152,7 +152,7 @@ def main():
                         f"{', '.join(sorted(missing, key=int))}")
     if args.init and not os.path.exists(expert_path(args)):
         raise UserError(f"--init {args.init}: there is no {expert_path(args)}; give the number of "
-                        f"an expert that is there, or all for the monolith")
+                        f"an expert that is there, all for the monolith, or seed")
     with owned(args.run_dir, "student"):
         open_and_train(args, config, train)
 

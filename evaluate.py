@@ -23,9 +23,8 @@ Sample i of each row starts from the noise of (seed, i) and has the condition of
 image, so that rows differ by their models alone.
 """
 import contextlib
-import hashlib
-import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,12 +40,19 @@ from ddm import encoders
 from ddm.config import Config, Sample, check_sample, load_run, make_config, make_parser, parse
 from ddm.ensemble import DENSE, Ensemble, beginnings, open_space
 from ddm.errors import UserError, script
-from ddm.features import KEPT, cluster_space, distance_space, open_reference, read_reference
+from ddm.features import (
+    KEPT,
+    cluster_space,
+    distance_space,
+    name_reference,
+    open_reference,
+    read_reference,
+)
 from ddm.metrics import Statistics, compare, explain, router_quality, summarise_losses
 from ddm.process import collect, gather, on_rank_0, progress, start, sum_over_ranks
 from ddm.report import Output, experts_figure, ledger
 from ddm.run import read_clusters
-from ddm.tars import find_tars, read_sources
+from ddm.tars import find_tars
 from ddm.text import normalise_text
 from ddm.validation import encode, validate
 
@@ -318,16 +324,6 @@ def open_measures(args, run, ranks):
     return Measures(spaces, clip)
 
 
-def name_reference(tars, folder, ranks):
-    """What results call the tars {name: path} of --data: their number and a hash of all bytes."""
-    sources = read_sources(tars.values(), os.path.join(folder, "sources.json"), ranks)
-    hashes = [(name, source.sha256) for name, source in zip(tars, sources, strict=True)]
-    mark = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:8]
-
-    name = f"{len(tars)} tars" if len(tars) > 1 else f"{next(iter(tars))}.tar"
-    return f"{name} {mark}"
-
-
 # ---- one run -------------------------------------------------------------------------------------
 
 def evaluate_run(run, measures, args, *, reference_name, output, ranks):
@@ -379,6 +375,7 @@ def evaluate_run(run, measures, args, *, reference_name, output, ranks):
             }
             if team.routed:
                 routed = found
+                result["calibration"] = calibration_of(team, run, reference, ranks)
             if routed:
                 result |= why(routed, losses.get("monolith"), run, reference)
             if ranks.rank == 0:
@@ -609,6 +606,20 @@ def name_losses(model, found):
     if model != "ensemble":
         return {model: found.losses["full"]}
     return {f"ensemble, {strategy}": loss for strategy, loss in found.losses.items()}
+
+
+def calibration_of(team, run, reference, ranks):
+    """What the router's file says of its temperatures, None where none are used. Warns if they
+    were fitted to the images that are measured here.
+    """
+    if team.temperatures is None or not run.config.sample.router_calibration:
+        return None
+    about = team.router_info["calibration"]
+    name = about["reference"]
+    if reference.about["name"].startswith(name) and ranks.rank == 0:
+        print(f"warning: the router of {run.dir} was calibrated on these images, {name}: measure "
+              f"it on others, or give --router-calibration false", file=sys.stderr)
+    return about
 
 
 def why(found, monolith, run, reference):

@@ -109,6 +109,7 @@ def choose_shards(args, config):
     """The shards to train on: one, or for the monolith all. UserError if they are not here."""
     # the router's uniform subset, so that no node needs all of the data
     if args.shard == "seed":
+        check_router_shard(args.run_dir)
         return ["router"]
     existing = find_shards(args.run_dir)
     here = f"{args.run_dir}/shards"
@@ -121,6 +122,14 @@ def choose_shards(args, config):
         raise UserError(f"no shard {args.shard!r} in {here}: there are "
                         f"{', '.join(existing) or 'none'}, and all for the monolith")
     return [args.shard]
+
+
+def check_router_shard(run_dir):
+    """UserError where the router's images are not."""
+    folders = [os.path.join(run_dir, part, "router") for part in ("shards", "latents")]
+    if not any(map(os.path.isdir, folders)):
+        raise UserError(f"the seed trains on the router's images, and there is no {folders[0]}: "
+                        f"train it on the node that has them, or copy them here")
 
 
 def choose_initial(args, config, shape, space):
@@ -147,7 +156,7 @@ def open_and_train(args, config, train, *, name, shards, batch):
     initial = choose_initial(args, config, shape, space)
     # what a resume may not change; more steps, or another number of ranks, are no change
     identity = identity_of(config, train, shape, space, shard=args.shard, images=len(data),
-                           clustering=clusters["fingerprint"], init=initial.sha256,
+                           clustering=clusters["fingerprint"], init=initial.sha256[:12],
                            first_step=initial.step)
     checkpoints = Checkpoints(args.run_dir, name, train, ranks, identity,
                               raw=args.shard == "seed")

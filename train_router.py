@@ -4,15 +4,18 @@ cluster's number.
     torchrun --nproc_per_node=8 train_router.py --run-dir runs/laion
     python train_router.py --run-dir runs/demo
 
-    # once it is trained: temperatures of its logits by noise level, from images that it never saw
+    # trains nothing: fits temperatures of a trained router's logits to images that it never saw
     python train_router.py --run-dir runs/demo --calibrate 'data/val/*.tar'
 
 --train.* and [train.router] apply. Run again, it resumes from its newest checkpoint.
 
 reads   RUN/config.toml, RUN/clusters.safetensors, RUN/shards/router/*.tar or
         RUN/latents/router/*.tar; the pretrained networks whose work is not cached
-writes  RUN/router.safetensors (EMA weights; with --calibrate temperatures in its metadata),
-        RUN/checkpoints/router/, RUN/logs/router.csv (accuracy by noise level)
+writes  RUN/router.safetensors (EMA weights), RUN/checkpoints/router/, RUN/logs/router.csv (accuracy
+        by noise level)
+
+--calibrate reads config.toml, clusters.safetensors, router.safetensors and the tars, and writes
+temperatures into the metadata of router.safetensors.
 """
 import math
 import os
@@ -22,7 +25,7 @@ import torch
 
 import flow
 from ddm import plan
-from ddm.calibration import calibrate, check_calibration
+from ddm.calibration import calibrate
 from ddm.checkpoint import Checkpoints, check_finite, identity_of, training
 from ddm.config import load_run, make_training_parser, model_config, parse
 from ddm.engine import Engine, learning_rate
@@ -31,35 +34,32 @@ from ddm.loading import Batches, describe, encode, open_shards, planned_space
 from ddm.log import Log
 from ddm.process import Stop, start, watchdog
 from ddm.run import collective_timeout, owned, read_clusters
-from ddm.tars import find_tars
 from model import drop_condition
 
 
 def parser():
     parser = make_training_parser(__doc__)
     parser.add_argument("--calibrate", nargs="+", default=[], metavar="GLOB",
-                        help="after training, fit temperatures to the images of these tars, which "
-                        "nobody trained on")
+                        help="train nothing: fit the trained router's temperatures to the images "
+                        "of these tars, which nobody trained on")
     return parser
 
 
 def main():
     args, given = parse(parser())
     config = load_run(args.run_dir, given, stage="router", path=args.plan)
+    if args.calibrate:
+        calibrate(args.run_dir, args.calibrate, config, args.device)
+        return
+
     settings = config.stage("router")
     if args.plan is not None:
         shape = set_steps(settings, config, planned_space(args, config))
         plan.report("router", shape, settings, settings.batch, config)
         return
 
-    if args.calibrate:
-        find_tars(args.calibrate)
-        check_calibration(config)
     with owned(args.run_dir, "router"):
-        space, ranks, finished = open_and_train(args, config, settings)
-    # not where a signal has ended the training
-    if args.calibrate and finished:
-        calibrate(args.run_dir, args.calibrate, config, space, ranks)
+        open_and_train(args, config, settings)
 
 
 def set_steps(train, config, space):
@@ -83,10 +83,7 @@ def set_steps(train, config, space):
 
 
 def open_and_train(args, config, train):
-    """Opens data, model, optimiser and checkpoints; trains; exports the EMA weights.
-
-    -> (the Space, the ranks, whether the training is finished)
-    """
+    """Opens data, model, optimiser and checkpoints; trains; exports the EMA weights."""
     clusters = read_clusters(args.run_dir)
     ranks = start(args.device, collective_timeout(train))
     # labelled: each sample of shards/router says its cluster
@@ -120,7 +117,6 @@ def open_and_train(args, config, train):
     # the last export failed, or its file is gone
     if checkpoints.is_stale(path, engine):
         checkpoints.export(path, engine, last=True, **info)
-    return space, ranks, engine.step >= train.steps
 
 
 def training_loop(engine, batches, *, config, space, optimizer, checkpoints, log, path, info):

@@ -38,7 +38,7 @@ LONG_SEEDS=${LONG_SEEDS:-0 1}
 ARMS=${ARMS:-monolith k4 k4-seed10 k4-seed25 k4-seed50 k4-seed75 monolith-seed50
     random4 random4-seed50 k8 k8-seed50}
 ARMS=$(echo $ARMS)
-LRS=${LRS:-4e-3 8e-3 16e-3}
+LRS=${LRS:-2e-3 4e-3 8e-3}
 SHORT=${SHORT:-3200}
 SAMPLES=${SAMPLES:-2500}
 STRATEGIES=${STRATEGIES:-full top-1 top-2 once}

@@ -7,18 +7,21 @@ them (once, sample-N) changes.
 """
 import math
 import os
+from datetime import timedelta
 
 import torch
 import torch.nn.functional as F
 
 from data import subset
 from ddm import artifacts
+from ddm.codec import Space
 from ddm.errors import UserError
-from ddm.features import cluster_space, open_reference, read_reference
+from ddm.features import cluster_space, name_reference, open_reference, read_reference
 from ddm.metrics import router_quality
-from ddm.process import progress, sum_over_ranks
+from ddm.process import progress, start, sum_over_ranks
 from ddm.report import calibration_table
 from ddm.run import read_clusters
+from ddm.tars import find_tars
 from ddm.validation import BINS, noised
 
 # held-out images that it is fitted on, at most: a temperature is one number
@@ -53,13 +56,6 @@ def fit_temperatures(logits, labels):
     return ((low + high) / 2).exp()
 
 
-def check_calibration(config):
-    """UserError where no image tells its cluster, which is what the router is compared with."""
-    if config.cluster.assign == "random":
-        raise UserError("--calibrate: clusters of cluster.assign = 'random' cannot be told from "
-                        "held-out images, so there is nothing to fit the router to")
-
-
 @torch.no_grad()
 def held_out_logits(router, space, data, numbers, *, batch, ranks):
     """The router's logits [n,BINS,K] of images `numbers` of a TarDataset, each at BINS times."""
@@ -75,29 +71,44 @@ def held_out_logits(router, space, data, numbers, *, batch, ranks):
     return sum_over_ranks(logits)
 
 
-def calibrate(run_dir, patterns, config, space, ranks, batch=64):
+def calibrate(run_dir, patterns, config, device="", batch=64):
     """Fits the temperatures of RUN/router.safetensors on held-out tars, and writes them into its
-    metadata. Prints what they change. UserError if the tars cannot be used.
+    metadata. Prints what they change. UserError if there is no router, or the tars cannot be used.
     """
     path = os.path.join(run_dir, "router.safetensors")
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing: train it with train_router.py --run-dir {run_dir}, or "
+                        f"copy it there")
+    if config.cluster.assign == "random":
+        raise UserError("--calibrate: no image tells its cluster where cluster.assign = 'random', "
+                        "so there is nothing to fit the router to")
+    clustering = read_clusters(run_dir)
     settings = config.data
     data = open_reference(patterns, settings.size, settings.condition, settings.classes)
-    clusters = cluster_space(run_dir, config, read_clusters(run_dir), ranks.device)
-    _, (labels, _) = read_reference(data, [], clusters, batch=batch, ranks=ranks,
-                                    folder=os.path.join(run_dir, "evaluation"))
+    # one rank may have much more to read than the others
+    ranks = start(device, timeout=timedelta(hours=12))
 
+    folder = os.path.join(run_dir, "evaluation")
+    clusters = cluster_space(run_dir, config, clustering, ranks.device)
+    _, (labels, _) = read_reference(data, [], clusters, folder=folder, batch=batch, ranks=ranks)
     usable = (labels >= 0).nonzero().flatten()
     numbers = usable[torch.from_numpy(subset(len(usable), IMAGES, 0, 4))]
     labels = labels[numbers]
+
     # of the file, as it is used
     router, _ = artifacts.load(path, ranks.device)
+    space = Space(config, ranks.device, clustering["networks"],
+                  os.path.join(run_dir, "clusters.safetensors"))
     logits = held_out_logits(router, space, data, numbers.tolist(), batch=batch, ranks=ranks)
     temperatures = fit_temperatures(logits, labels)
 
+    # by which evaluate.py knows whether it is about to measure the same images
+    name = name_reference(find_tars(patterns), folder, ranks)
     if ranks.rank:
         return
-    about = {"images": len(numbers), "tars": [os.path.basename(tar) for tar in data.tars]}
+    about = {"images": len(numbers), "reference": name}
     artifacts.add_info(path, temperatures=temperatures.tolist(), calibration=about)
     before = router_quality(logits.softmax(2), labels)
     after = router_quality((logits / temperatures[:, None]).softmax(2), labels)
     print(calibration_table(temperatures.tolist(), before, after, about))
+    print(f"temperatures are kept between {SMALLEST} and {LARGEST}; they are in {path}")

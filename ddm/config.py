@@ -16,6 +16,7 @@ import difflib
 import inspect
 import json
 import os
+import sys
 import textwrap
 import tomllib
 from typing import Any, Literal, get_args
@@ -689,10 +690,16 @@ def check_sample(sample):
 
 
 def check_seed(train):
-    """UserError if the seed leaves the experts no step."""
+    """UserError if the seed leaves the experts no step; a warning where their rate is another."""
     if train.seed_steps >= train.steps:
         raise UserError(f"train.seed_steps = {train.seed_steps} must be less than train.steps = "
                         f"{train.steps}: the experts make the steps between")
+    constant = max(0, train.steps - train.decay)
+    if train.seed_steps > constant and os.environ.get("RANK", "0") == "0":
+        print(f"warning: the learning rate falls over the last train.decay = {train.decay} of "
+              f"{train.steps} steps, and train.seed_steps = {train.seed_steps} reaches into them: "
+              f"the seed's rate is constant, so the experts' begins lower than it ended",
+              file=sys.stderr)
 
 
 def check_config(config, space):

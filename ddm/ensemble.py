@@ -97,7 +97,7 @@ class Ensemble:
         # [BINS] of the router's logits, in equal bins of t; None: it has not been calibrated
         self.temperatures = None
         if not only and os.path.exists(self.router_path):
-            router = self._read_router(found)
+            router = self.router_info = self._read_router(found)
             if "temperatures" in router:
                 self.temperatures = torch.tensor(router["temperatures"], device=device)
 

@@ -205,6 +205,19 @@ def open_reference(patterns, size, condition="none", classes=0):
     return data
 
 
+def name_reference(tars, folder, ranks):
+    """What results call the tars {name: path} of --data: their number and a hash of all bytes.
+
+    folder: where the tars' own hashes are kept for the next call.
+    """
+    sources = read_sources(tars.values(), os.path.join(folder, "sources.json"), ranks)
+    hashes = [(name, source.sha256) for name, source in zip(tars, sources, strict=True)]
+    mark = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:8]
+
+    name = f"{len(tars)} tars" if len(tars) > 1 else f"{next(iter(tars))}.tar"
+    return f"{name} {mark}"
+
+
 @dataclass
 class _Prepared:
     """An image of the reference set as the spaces want it, or why it cannot be used."""

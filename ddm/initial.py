@@ -76,6 +76,8 @@ def read_initial(path, shape, space, objective, flow_path):
     except ValueError as error:
         raise UserError(str(error)) from None
 
+    if info["model"]["clusters"]:
+        raise UserError(f"{path} is a router, which no expert can begin with")
     differ = differences(info["model"], vars(shape))
     if differ:
         raise UserError(f"{path} is another model than what is trained here ({differ}): see "

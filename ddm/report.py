@@ -233,7 +233,7 @@ def as_text(results):
         if "why" in result:
             parts.append(title + why_table(result["why"]))
         if "router" in result:
-            parts.append(title + router_table(result["router"]))
+            parts.append(title + router_table(result["router"], result["calibration"]))
         if "ledger" in result:
             parts.append(title + ledger_table(result["ledger"]))
             parts += result["equal_compute"]
@@ -386,7 +386,8 @@ def why_table(why):
         mean = sum(values) / len(values)
         rows.append({"loss of": name, "mean": f"{mean:.5f}"} | _by_t(values, digits=4))
     text = ("why, on the same images: the mixture's loss is that of the experts, as the router "
-            f"weighs them, less their disagreement\n\n{markdown(rows)}")
+            "weighs them, less their disagreement; chosen: by the router, as for top-1; own: of "
+            f"the image's own cluster (oracle)\n\n{markdown(rows)}")
     if not why["clusters"]:
         return text
 
@@ -403,25 +404,28 @@ def why_table(why):
             f"home and on the images of all others\n\n{markdown(rows)}")
 
 
-def router_table(quality):
-    """What metrics.router_quality says, by t."""
+def router_table(quality, calibration):
+    """What metrics.router_quality says, by t. calibration: what was fitted, None for nothing."""
+    calibrated = "not calibrated"
+    if calibration:
+        calibrated = f"calibrated on {calibration['images']} images of {calibration['reference']}"
     rows = []
     for name, values in quality.items():
         rows.append({"": name.replace("_", " ")} | _by_t(values, digits=3))
-    return f"router, on the same images\n\n{markdown(rows)}"
+    return f"router ({calibrated}), on the same images\n\n{markdown(rows)}"
 
 
 def calibration_table(temperatures, before, after, about):
     """The router's temperatures by t, and what metrics.router_quality says without and with them.
 
-    about: the images that they were fitted on, {images, tars}.
+    about: the images that they were fitted on, {images, reference}.
     """
     rows = [{"": "temperature"} | _by_t(temperatures, digits=3)]
     for name in ("calibration_error", "negative_log_likelihood"):
         for when, quality in (("without", before), ("with", after)):
             rows.append({"": f"{name.replace('_', ' ')}, {when}"} | _by_t(quality[name], digits=3))
     return (f"the router's temperatures, fitted on {about['images']} images of "
-            f"{', '.join(about['tars'])}\n\n{markdown(rows)}")
+            f"{about['reference']}\n\n{markdown(rows)}")
 
 
 def ledger_table(entries):
@@ -434,14 +438,14 @@ def ledger_table(entries):
             "steps": entry["steps"],
             "images seen": entry["images"],
             "training FLOPs": f"{entry['flops']:.4g}",
-            "of these before it began": _share_before(entry),
+            "of these, inherited": _inherited(entry),
             "device-hours": "" if hours is None else f"{hours:.3g}",
         })
     return f"ledger\n\n{markdown(rows)}"
 
 
-def _share_before(entry):
-    """The cell that says what a model's seed has cost, empty without one."""
+def _inherited(entry):
+    """The cell that says what a model's seed, or other beginning, has cost, empty without one."""
     before = entry.get("init_flops", 0)
     return f"{before:.4g}" if before else ""
 

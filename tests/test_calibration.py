@@ -1,11 +1,12 @@
 """The router's temperatures, and why an ensemble's loss is what it is: closed forms."""
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import command, copy, inside
 from safetensors.torch import load_file
-from test_evaluate import measured
+from test_evaluate import FEW, measured
 from test_mistakes import refused
 from test_sample import condition, draw, start
 
@@ -68,7 +69,8 @@ def calibrated(trained, tmp_path):
     """A run whose router has temperatures 1, 2, ..., 10."""
     run = copy(trained, tmp_path)
     temperatures = [float(i) for i in range(1, BINS + 1)]
-    artifacts.add_info(run / "router.safetensors", temperatures=temperatures)
+    artifacts.add_info(run / "router.safetensors", temperatures=temperatures,
+                       calibration={"images": 1, "reference": "others"})
     return run
 
 
@@ -108,7 +110,7 @@ def test_calibrate_adds_temperatures_and_leaves_the_weights(trained, tars, tmp_p
     before = load_file(path)
     done = inside("train_router.py", "--run-dir", run, "--calibrate", tars / "*.tar")
     assert done.returncode == 0, done.stderr
-    assert "is finished" in done.stdout and "fitted on 240 images" in done.stdout
+    assert "fitted on 240 images" in done.stdout
 
     info = artifacts.read_info(path)
     assert len(info["temperatures"]) == BINS and info["calibration"]["images"] == 240
@@ -135,12 +137,40 @@ def test_a_router_that_trains_on_loses_its_temperatures(calibrated):
     assert "temperatures" not in artifacts.read_info(calibrated / "router.safetensors")
 
 
-def test_what_cannot_be_calibrated_is_refused_before_the_training(tars, config, trained, tmp_path):
+def test_calibrating_needs_the_router_s_file_and_trains_nothing(trained, tars, tmp_path):
+    whole = copy(trained, tmp_path / "whole")
+    run = copy(trained, tmp_path)
+    for folder in ("shards", "checkpoints", "experts", "features", "logs"):
+        shutil.rmtree(run / folder)
+    for each in (whole, run):
+        done = inside("train_router.py", "--run-dir", each, "--calibrate", tars / "*.tar")
+        assert done.returncode == 0, done.stderr
+    assert not (run / "checkpoints").exists()
+    router = (run / "router.safetensors").read_bytes()
+    assert router == (whole / "router.safetensors").read_bytes()
+
+
+def test_evaluating_on_the_images_of_the_calibration_is_a_warning(trained, tars, tmp_path):
+    run = copy(trained, tmp_path)
+    inside("train_router.py", "--run-dir", run, "--calibrate", tars / "*.tar")
+    flags = ("--run-dir", run, *FEW, "--samples", 0, "--models", "ensemble", "--data")
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copy(sorted(tars.glob("*.tar"))[0], half)
+    assert "calibrated on these images" in inside("evaluate.py", *flags, tars / "*.tar").stderr
+    assert "calibrated on" not in inside("evaluate.py", *flags, half / "*.tar").stderr
+    text = (run / "evaluation" / "models.md").read_text()
+    assert "router (calibrated on 240 images of 3 tars" in text
+
+
+def test_what_cannot_be_calibrated_is_refused(tars, config, trained, tmp_path):
     run = tmp_path / "run"
     command("cluster.py", "--data", tars / "*.tar", "--run-dir", run, "--config", config,
             "--cluster.assign", "random")
+    refused("train_router.py", "--run-dir", run, "--calibrate", tars / "*.tar",
+            says=["router.safetensors is missing", "train it with train_router.py"])
+    shutil.copy(trained / "router.safetensors", run)
     refused("train_router.py", "--run-dir", run, "--calibrate", tars / "*.tar", says=["random"])
-    assert not (run / "checkpoints").exists()
     missing = tmp_path / "none.tar"
     refused("train_router.py", "--run-dir", trained, "--calibrate", missing, says=["none.tar"])
 

@@ -119,6 +119,11 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def begun_with(path):
+    """What a checkpoint remembers of a file that its training began with."""
+    return sha256_of(path)[:12]
+
+
 # ---- the seed, and what goes on from it ----------------------------------------------------------
 
 def test_a_seed_s_file_has_both_weights_and_its_cost(seeded):
@@ -515,9 +520,9 @@ def test_a_resume_with_another_beginning_is_refused(prepared, seeded, tmp_path):
     flags = [*NOT_SEEDED, *ALONE]
     train(run, 0, "--init", one, "--train.steps", 1, *NOT_SEEDED)
     before = model_of(run, 0).read_bytes()
-    for init, now in ((["--init", two], sha256_of(two)), ([], "")):
+    for init, now in ((["--init", two], begun_with(two)), ([], "")):
         refused("train_expert.py", "--run-dir", run, "--shard", 0, *flags, *init,
-                says=["other settings", f"init '{sha256_of(one)}' / '{now}'", "delete"])
+                says=["other settings", f"init '{begun_with(one)}' / '{now}'", "delete"])
     assert model_of(run, 0).read_bytes() == before
     done = train(run, 0, "--init", one, "--train.steps", 2, *NOT_SEEDED)
     assert "resumed at step 1" in done.stdout
@@ -526,11 +531,11 @@ def test_a_resume_with_another_beginning_is_refused(prepared, seeded, tmp_path):
 def test_a_resume_with_another_seed_is_refused(prepared, seeded, tmp_path):
     run = bring_seed(prepared, seeded, tmp_path)
     train(run, 0, "--train.steps", SEED_STEPS + 1)
-    there = sha256_of(model_of(run, "seed"))
+    there = begun_with(model_of(run, "seed"))
     os.remove(model_of(run, "seed"))
     train(run, "seed", "--train.lr", 1e-2)
     refused("train_expert.py", "--run-dir", run, "--shard", 0, *ALONE,
-            says=[f"init '{there}' / '{sha256_of(model_of(run, 'seed'))}'"])
+            says=[f"init '{there}' / '{begun_with(model_of(run, 'seed'))}'"])
     refused("train_expert.py", "--run-dir", run, "--shard", 0, *ALONE, *NOT_SEEDED,
             says=[f"first_step {SEED_STEPS} / 0", f"init '{there}' / ''"])
 
@@ -639,7 +644,7 @@ def test_files_that_are_no_model_to_begin_with_are_refused(prepared, seeded, tmp
     artifacts.write_tensors(ruined, weights, artifacts.read_info(model_of(seeded, 0)))
 
     cases = {
-        seeded / "router.safetensors": ["another model", "clusters 3 / 0"],
+        seeded / "router.safetensors": ["is a router", "no expert can begin with"],
         tmp_path / "nowhere": ["there is no", "to begin with"],
         tmp_path: ["there is no", "to begin with"],
         torn: ["cut short or damaged"],
@@ -701,7 +706,7 @@ def test_mistaken_flags_are_refused(prepared, tmp_path, shard, flags, says):
 
 def test_a_seed_without_the_router_s_folder_is_refused(prepared, tmp_path):
     run = node(prepared, tmp_path / "run", "2")
-    refused_here(run, "seed", says=[f"no tars in {run / 'shards' / 'router'}", "copy them there"])
+    refused_here(run, "seed", says=[f"no {run / 'shards' / 'router'}", "copy them here"])
 
 
 def test_a_seed_that_leaves_no_step_is_refused_by_stage_1(tars, config, tmp_path):
@@ -763,7 +768,7 @@ def test_a_seeded_run_is_evaluated_with_its_seed(seeded, tars, tmp_path):
     flops = with_seed["ledger"]["seed"]["flops"]
     assert re.search(rf"\| seed +\| {SEED_STEPS} +\| 96 +\|", with_seed["table"])
     assert with_seed["table"].count(f"| {flops:.4g} ") == 5
-    assert "of these before it began" in with_seed["table"]
+    assert "of these, inherited" in with_seed["table"]
     # what it cost is known without its file, too, but for the hours
     ensemble = without["ledger"]["ensemble"]
     assert ensemble["device_hours"] is None
