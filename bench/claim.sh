@@ -12,9 +12,9 @@
 #     # a larger model; everything after the third argument goes to cluster.py over claim.toml
 #     bash bench/claim.sh TRAIN VALIDATION RUNS --data.size 32 --model.dim 128
 #
-# LENGTHS are steps of 128 images. SEEDS: at all lengths; LONG_SEEDS: at lengths over 3200. ARMS:
-# monolith, kK or randomK for K clusters, and each with -seedP, P the seed's share of the steps in
-# percent. Arms share a learning rate where they differ in P or in random clusters alone. Samples
+# LENGTHS are steps of 128 images. ARMS: monolith, kK or randomK for K clusters, and each with
+# -seedP, P the seed's share of the steps in percent. SEEDS. At lengths over 3200 LONG_ARMS and
+# LONG_SEEDS. Arms share a learning rate where they differ in P or in random clusters alone. Samples
 # are drawn by top-1 at each length; at the last one by all of STRATEGIES, of the GUIDED arms also
 # with each of CFGS. SAMPLES a row. JOBS at a time, a CPU core each. Killed at any time and started
 # again, it goes on: trainings resume, what is finished is not done again. Paths have no spaces.
@@ -38,12 +38,13 @@ LONG_SEEDS=${LONG_SEEDS:-0 1}
 ARMS=${ARMS:-monolith k4 k4-seed10 k4-seed25 k4-seed50 k4-seed75 monolith-seed50
     random4 random4-seed50 k8 k8-seed50}
 ARMS=$(echo $ARMS)
+LONG_ARMS=${LONG_ARMS:-monolith k4 k4-seed25 k4-seed50 k4-seed75 random4-seed50 k8-seed50}
 LRS=${LRS:-2e-3 4e-3 8e-3}
 SHORT=${SHORT:-3200}
 SAMPLES=${SAMPLES:-2500}
 STRATEGIES=${STRATEGIES:-full top-1 top-2 once}
 GUIDED=${GUIDED:-monolith k4 k4-seed50}
-CFGS=${CFGS:-1.5 2 3}
+CFGS=${CFGS:-1.5 2}
 JOBS=${JOBS:-2}
 LAST=${LENGTHS##* }
 FIRST=${SEEDS%% *}
@@ -311,16 +312,20 @@ choose_rates
 
 for steps in $LENGTHS; do
     seeds=$SEEDS
-    if [ "$steps" -gt 3200 ]; then seeds=$LONG_SEEDS; fi
+    arms=$ARMS
+    if [ "$steps" -gt 3200 ]; then
+        seeds=$LONG_SEEDS
+        arms=$LONG_ARMS
+    fi
     prepare "$steps" "$seeds"
 
     # in the order of their lengths: each resumes from the one before
-    for share in $(for arm in $ARMS; do share "$arm"; done | sort -nu); do
+    for share in $(for arm in $arms; do share "$arm"; done | sort -nu); do
         if [ "$share" = 0 ]; then continue; fi
         for seed in $seeds; do echo "train_seed $((steps * share / 100)) $seed"; done | at_a_time
     done
     for seed in $seeds; do
-        for arm in $ARMS; do
+        for arm in $arms; do
             # of that length, seed and rate one is trained already
             if [ "$steps-$seed" = "$SHORT-$FIRST" ]; then
                 take_over "$RUNS/lr/$arm-$(rate "$arm")" "$RUNS/$steps/$arm-$seed"
@@ -330,7 +335,7 @@ for steps in $LENGTHS; do
         done
     done | at_a_time
     for seed in $seeds; do
-        for arm in $ARMS; do
+        for arm in $arms; do
             complete "$RUNS/$steps/$arm-$seed" "$arm" "$seed" "$steps"
             echo "evaluate $RUNS/$steps/$arm-$seed loss --samples 0 --loss-images 2500"
             samplings "$steps" "$arm" "$seed"
@@ -341,9 +346,9 @@ done
 
 mkdir -p "$RUNS/calibrated/halves"
 python bench/claim.py --halve "$VALIDATION" "$RUNS/calibrated/halves"
-# the last length's
+# of the last length
 for seed in $seeds; do
-    for arm in $ARMS; do
+    for arm in $arms; do
         case " ${GUIDED//monolith/} " in *" $arm "*) echo "calibrate $arm $seed";; esac
     done
 done | at_a_time
