@@ -114,7 +114,7 @@ def best_rate(folder, arm, rates):
 
 def rate_loss(folder, arm, rate):
     models = read(os.path.join(folder, f"{arm}-{rate}", "loss"))["loss"]["models"]
-    model = "monolith" if arm == "monolith" else "ensemble, full"
+    model = "monolith" if arm.startswith("monolith") else "ensemble, full"
     return models[model]["mean"]
 
 

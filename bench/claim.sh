@@ -115,7 +115,6 @@ rate_arm() {
     local base=${1%-seed*}
     base=${base/random/k}
     case $1 in
-        monolith*) echo monolith;;
         *-seed*) echo "$base-seed50";;
         *) echo "$base";;
     esac
