@@ -93,10 +93,7 @@ def expert_batch(config, shard):
 
 def begin_at(args, config):
     """The step of the schedule at which training begins: the seed has made those before."""
-    seed_steps = config.train.seed_steps
-    if args.shard == "seed":
-        check_exists(args.init)
-        return 0
+    seed_steps = 0 if args.shard == "seed" else config.train.seed_steps
     if seed_steps and args.init:
         raise UserError(f"--init {args.init}: with train.seed_steps = {seed_steps} experts begin "
                         f"with the run's seed: give --init to --shard seed, or leave it out, or "

@@ -5,9 +5,9 @@
 # at several lengths and with several seeds, at the learning rate that was the best of three on a
 # run of SHORT steps. The rate decays over the last quarter of the steps.
 #
-#     # all of it: a day and a half on 2 cores
+#     # all of it: many hours on 2 cores
 #     bash bench/claim.sh 'CIFAR/0000[0-8].tar' CIFAR/00009.tar runs/claim
-#     # what is to be found out in an hour
+#     # a part of it
 #     LENGTHS="800 3200" SEEDS=0 ARMS="monolith k4 k4-seed50" bash bench/claim.sh ...
 #     # a larger model; everything after the third argument goes to cluster.py over claim.toml
 #     bash bench/claim.sh TRAIN VALIDATION RUNS --data.size 32 --model.dim 128

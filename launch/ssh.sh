@@ -249,7 +249,7 @@ read_hosts() {
     [ ${#lines[@]} -gt 0 ] || mistake "$hosts names no host"
 }
 
-# Prints train.seed_steps: the flags' or else the config's, where router and student have 0 alone.
+# Prints train.seed_steps: the flags' or else the config's, which has one such key.
 seed_steps() {
     local steps flag before=''
     steps=$(grep -Eos '^ *seed_steps *= *[1-9][0-9]*' "$run/config.toml" | tr -dc 0-9) || true
