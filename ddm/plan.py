@@ -511,9 +511,8 @@ def report(name, config, train, batch, run_config, *, first_step=0, raw=False, t
     """Prints the plan of one training (rank 0), of the model of a ModelConfig.
 
     first_step: at which it begins, after a seed. raw: of a seed, whose file has its weights twice.
-    teachers: models of its size that it learns from,
-    of which `resident` stay on each GPU (0: all, -1: as many as fit). UserError if the GPUs cannot
-    share the batch.
+    teachers: models of its size that it learns from, of which `resident` stay on each GPU (0: all,
+    -1: as many as fit). UserError if the GPUs cannot share the batch.
     """
     if os.environ.get("RANK", "0") != "0":
         return

@@ -9,6 +9,7 @@ import importlib
 import io
 import os
 import shutil
+import signal
 import string
 import subprocess
 import sys
@@ -132,6 +133,32 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline, "waits for what does not come"
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def signalled_at(position):
+    """SIGTERM comes while the sample at this position is read, which then hangs.
+
+    -> a list, in which the position stands once that has happened.
+    """
+    import data
+    import ddm.process
+
+    read = data.TarDataset.__getitem__
+    signalled = []
+
+    def stuck(self, at):
+        if at >= position and not signalled:
+            signalled.append(at)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(600)
+        return read(self, at)
+
+    with (
+        mock.patch.object(ddm.process.Stop, "GRACE", 0.1),
+        mock.patch("data.TarDataset.__getitem__", stuck),
+    ):
+        yield signalled
 
 
 def works(*args):

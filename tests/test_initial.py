@@ -9,8 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from conftest import (
     pictures,
     rewrite,
     sample,
+    signalled_at,
     works,
 )
 from safetensors.torch import load_file, save_file
@@ -32,8 +31,6 @@ from test_evaluate import FEW, ratio_in, results
 from test_mistakes import refused
 from test_pipeline import rows, same_tensors
 
-import data
-import ddm.process
 from ddm import artifacts, loading, plan, report
 
 SEED_STEPS = 4
@@ -572,21 +569,8 @@ def test_the_remedy_for_a_seed_of_more_steps_works(seeded, tmp_path):
 def test_an_expert_stopped_before_its_first_step_saves_nothing(prepared, seeded, tmp_path):
     """A fresh optimiser has no state that could be saved and resumed with the same bits."""
     run = bring_seed(prepared, seeded, tmp_path)
-    read = data.TarDataset.__getitem__
-    signalled = []
-
-    def stuck(self, position):
-        # the second half of the first batch
-        if position >= SEED_STEPS * SHARE + 4 and not signalled:
-            signalled.append(position)
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(600)
-        return read(self, position)
-
-    with (
-        mock.patch.object(ddm.process.Stop, "GRACE", 0.1),
-        mock.patch("data.TarDataset.__getitem__", stuck),
-    ):
+    # in the second half of the first batch
+    with signalled_at(SEED_STEPS * SHARE + 4) as signalled:
         done = inside("train_expert.py", "--run-dir", run, "--shard", 0, *ALONE,
                       "--train.micro_batch", 4)
     assert signalled and done.returncode == 128 + signal.SIGTERM

@@ -13,13 +13,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command, copy, inside
+from conftest import ENVIRONMENT, ROOT, command, copy, inside, signalled_at
 
 import data
 import ddm.config
@@ -307,20 +306,7 @@ def test_a_decoding_process_killed_while_its_rank_computes_is_one_line(clustered
 
 def test_a_wait_in_the_first_step_leaves_nothing_that_cannot_be_resumed(clustered, tmp_path):
     run = copy(clustered, tmp_path)
-    read = data.TarDataset.__getitem__
-    signalled = []
-
-    def stuck(self, position):
-        if position >= 4 and not signalled:
-            signalled.append(position)
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(600)
-        return read(self, position)
-
-    with (
-        mock.patch.object(ddm.process.Stop, "GRACE", 0.1),
-        mock.patch("data.TarDataset.__getitem__", stuck),
-    ):
+    with signalled_at(4) as signalled:
         done = train(run, 6, "--train.micro_batch", 4)
     assert signalled
     assert done.returncode == 128 + signal.SIGTERM
